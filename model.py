@@ -1,0 +1,356 @@
+"""The encoders and heads of SatMIP and SatMIPS (paper, Section 3 and 4.2, supplement B).
+
+In this order: one attention block -> the three encoders made of it (ViT, text Transformer, FT-Transformer)
+-> the projection heads -> SatMIP, which puts them together and runs once a step -> parameter groups.
+
+Letters: B batch, V views of each image, N patches, L text tokens, F table features, D width, E joint
+dimension, H heads. Every encoder returns its CLS row after the last norm, [B, D].
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# -----------------------------------------------------------------------------------------------------
+# One pre-norm Transformer block for all three encoders
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; parameter names and packing (q, k, v) as in timm."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of the number of heads {heads}")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None, rows: int) -> Tensor:
+        """x [B, L, D] -> [B, rows, D]: the first `rows` tokens ask, all L answer.
+
+        mask: boolean [B, 1, 1, L], True where a token may be looked at; None looks at all.
+        """
+        B, L, D = x.shape
+        weights, biases = self.qkv.weight.split([D, 2 * D]), self.qkv.bias.split([D, 2 * D])
+        q = F.linear(x[:, :rows], weights[0], biases[0]).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = F.linear(x, weights[1], biases[1]).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, rows, D / H]
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU, or with ReGLU: a * relu(b) over the halves of a layer of twice the width."""
+
+    def __init__(self, width: int, hidden: int, reglu: bool):
+        super().__init__()
+        self.reglu = reglu
+        self.fc1 = nn.Linear(width, 2 * hidden if reglu else hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        if self.reglu:
+            a, b = x.chunk(2, dim=-1)
+            return self.fc2(a * F.relu(b))
+        return self.fc2(F.gelu(x))  # exact, as timm and BERT; NOTE[PAPER] SLIP's own text tower has QuickGELU
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). LayerNorm epsilon as in the source of each encoder."""
+
+    def __init__(self, width: int, heads: int, hidden: int, epsilon: float, reglu: bool = False, first_norm: bool = True):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, epsilon) if first_norm else nn.Identity()
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, epsilon)
+        self.mlp = MLP(width, hidden, reglu)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, rows: int | None = None) -> Tensor:
+        """x [B, L, D] -> [B, rows, D]; rows = None keeps all L tokens."""
+        rows = x.shape[1] if rows is None else rows
+        x = x[:, :rows] + self.attn(self.norm1(x), mask, rows)
+        return x + self.mlp(self.norm2(x))
+
+
+def run_blocks(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """x [B, L, D] -> CLS row [B, D]. The last block computes that row only: nothing else of it is ever read."""
+    for block in blocks[:-1]:
+        x = block(x, mask)
+    return norm(blocks[-1](x, mask, rows=1))[:, 0]
+
+
+# -----------------------------------------------------------------------------------------------------
+# Image encoder: Vision Transformer (supplement B, "Visual encoders")
+
+# width, layers, heads. NOTE[PAPER] vit_small has 12 heads as in MoCo-v3 and SLIP; timm, DeiT and DINO have 6,
+# with the same tensor shapes: foreign weights load without complaint and are wrong unless the heads agree.
+VITS = {
+    "vit_micro": (128, 4, 4),  # the demo's
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 12),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+}
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, each through one linear map (a convolution whose stride is its size)."""
+
+    def __init__(self, patch: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, h, w] -> [B, N, D]"""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class ViT(nn.Module):
+    """Vision Transformer with learnable positions and CLS output; parameter names and shapes as timm's."""
+
+    def __init__(self, image_size: int, patch: int, width: int, layers: int, heads: int):
+        """ValueError when the patch does not divide the image or the heads the width."""
+        super().__init__()
+        if image_size % patch:
+            raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch}")
+        self.width = width
+        self.patch_embed = PatchEmbed(patch, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch) ** 2, width))
+        self.blocks = nn.ModuleList(Block(width, heads, 4 * width, 1e-6) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, 1e-6)
+        initialise(self)
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """pos_embed for a grid of patches: as trained, or resampled (bicubic) when the image has another size."""
+        side = math.isqrt(self.pos_embed.shape[1] - 1)
+        if (rows, columns) == (side, side):
+            return self.pos_embed
+        cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, (rows, columns), mode="bicubic", align_corners=False, antialias=True)
+        return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, h, w], standardised -> CLS [B, D]"""
+        patch = self.patch_embed.proj.stride[0]
+        x = self.patch_embed(images)  # [B, N, D]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        return run_blocks(self.blocks, self.norm, x + self.positions(images.shape[2] // patch, images.shape[3] // patch))
+
+
+# -----------------------------------------------------------------------------------------------------
+# Metadata encoders (supplement B)
+
+
+class TextTransformer(nn.Module):
+    """BERT-style encoder of tokenised captions: bidirectional, padding masked, learnable positions.
+
+    NOTE[PAPER] the CLS token is CLIP's start-of-text, which every caption begins with.
+    """
+
+    def __init__(self, vocabulary: int, context: int, width: int, layers: int, heads: int):
+        super().__init__()
+        self.width = width
+        self.token_embedding = nn.Embedding(vocabulary, width)
+        self.pos_embed = nn.Parameter(torch.zeros(context, width))
+        self.blocks = nn.ModuleList(Block(width, heads, 4 * width, 1e-5) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, 1e-5)
+        initialise(self)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """tokens [B, L] int64, lengths [B] -> CLS [B, D]; what stands beyond a caption's length has no effect."""
+        L = tokens.shape[1]
+        mask = torch.arange(L, device=tokens.device) < lengths[:, None]  # [B, L], True on the caption
+        x = self.token_embedding(tokens) + self.pos_embed[:L]
+        return run_blocks(self.blocks, self.norm, x, mask[:, None, None])
+
+
+class FTTransformer(nn.Module):
+    """Feature tokenizer + Transformer (Gorishniy et al., 2021) on table rows, without the first block's norm.
+
+    NOTE[PAPER] no dropout (the paper names none; SLIP has none), and the CLS row passes through the final
+    LayerNorm but not through the ReLU of FT-Transformer's prediction head.
+    """
+
+    def __init__(self, numbers: int, categories: list[int], width: int, layers: int, heads: int):
+        """numbers: how many numerical features; categories: how many rows each category's embedding has."""
+        super().__init__()
+        self.width = width
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.weight = nn.Parameter(torch.empty(numbers, width))
+        self.bias = nn.Parameter(torch.empty(numbers + len(categories), width))
+        self.missing = nn.Parameter(torch.empty(numbers, width))  # stands for x_j W_j when x_j is missing
+        self.embeddings = nn.ModuleList(nn.Embedding(rows, width) for rows in categories)
+        hidden = int(width * 4 / 3)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, hidden, 1e-5, reglu=True, first_norm=i > 0) for i in range(layers)
+        )
+        self.norm = nn.LayerNorm(width, 1e-5)
+        initialise(self)
+        for parameter in (self.cls_token, self.weight, self.bias, self.missing, *self.embeddings.parameters()):
+            nn.init.uniform_(parameter, -(width**-0.5), width**-0.5)
+
+    def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:
+        """numbers [B, F_num] standardised, NaN where missing; categories [B, F_cat] int64 -> CLS [B, D]"""
+        absent = numbers.isnan()[:, :, None]
+        x = torch.where(absent, self.missing, numbers.nan_to_num(0.0)[:, :, None] * self.weight)  # [B, F_num, D]
+        x = [x, *(embed(c)[:, None] for embed, c in zip(self.embeddings, categories.unbind(1)))]
+        x = torch.cat(x, dim=1) + self.bias
+        return run_blocks(self.blocks, self.norm, torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1))
+
+
+def initialise(encoder: nn.Module) -> None:
+    """timm's initialisation: truncated normal of 0.02 for weights, positions and CLS, zero for biases."""
+    for module in encoder.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, PatchEmbed):  # timm treats the patch map as the linear layer it is
+            nn.init.trunc_normal_(module.proj.weight, std=0.02)
+            nn.init.zeros_(module.proj.bias)
+    for name in ("cls_token", "pos_embed"):
+        if hasattr(encoder, name):
+            nn.init.trunc_normal_(getattr(encoder, name), std=0.02)
+
+
+# -----------------------------------------------------------------------------------------------------
+# Projection heads (supplement B, "Projection heads")
+
+
+class AllReduce(torch.autograd.Function):
+    """Sum over processes, differentiable: what reaches the sum reaches every process's part of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return AllReduce.forward(ctx, gradient)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over the global batch, on any backend (torch's SyncBatchNorm refuses gloo)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, D] -> [B, D], in float32"""
+        x = x.float()
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        count = len(x) * dist.get_world_size()  # every process holds the same number of rows
+        mean = AllReduce.apply(x.sum(0)) / count
+        variance = AllReduce.apply((x - mean).square().sum(0)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+
+
+def image_mlp(width: int, hidden: int, out: int) -> nn.Sequential:
+    """SimCLR's head as in SLIP.
+
+    NOTE[PAPER] supplement B speaks of "3 4096-dim hidden layers", Section 4.2 of a 3-layer MLP, and both of
+    following SLIP, whose head has three linear layers and thus two hidden ones: SLIP's is built here.
+    """
+    return nn.Sequential(
+        nn.Linear(width, hidden), BatchNorm(hidden), nn.ReLU(),
+        nn.Linear(hidden, hidden), BatchNorm(hidden), nn.ReLU(),
+        nn.Linear(hidden, out),
+    )  # fmt: skip
+
+
+# -----------------------------------------------------------------------------------------------------
+# SatMIP
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything needed to rebuild a model; stored in the checkpoint. The defaults are the paper's."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    vit: str = "vit_small"  # a row of VITS
+    metadata_encoder: str = "none"  # "none", "text" or "table"
+    metadata_width: int = 512  # text 512, table 192 (supplement B)
+    metadata_layers: int = 3
+    metadata_heads: int = 8
+    vocabulary: int = 49408
+    context: int = 77  # text: longest caption, in tokens; set from the data
+    numbers: int = 0  # table: numerical features
+    categories: tuple[int, ...] = ()  # table: embedding rows of each categorical feature
+    joint_dim: int = 512
+    image_image: bool = False  # whether there is a SimCLR head
+    mlp_hidden: int = 4096
+    mlp_out: int = 256
+
+
+class Embeddings(NamedTuple):
+    """What one forward gives to the losses: unit vectors in float32, or None for what the method lacks."""
+
+    image: Tensor | None  # [B, E] of the view that meets the metadata
+    metadata: Tensor | None  # [B, E]
+    first: Tensor | None  # [B, 256] of the two views that meet each other
+    second: Tensor | None
+    scale: Tensor | None  # exp(logit_scale) = 1 / temperature of the metadata-image loss
+
+
+class SatMIP(nn.Module):
+    """SatMIP, SatMIPS or SimCLR, depending on which heads the configuration asks for (Fig. 2)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = c = config
+        self.image_encoder = ViT(c.image_size, c.patch_size, *VITS[c.vit])
+        if c.metadata_encoder != "none":
+            size = (c.metadata_width, c.metadata_layers, c.metadata_heads)
+            if c.metadata_encoder == "text":
+                self.metadata_encoder = TextTransformer(c.vocabulary, c.context, *size)
+            else:
+                self.metadata_encoder = FTTransformer(c.numbers, list(c.categories), *size)
+            self.image_projection = nn.Linear(self.image_encoder.width, c.joint_dim, bias=False)
+            self.metadata_projection = nn.Linear(c.metadata_width, c.joint_dim, bias=False)
+            for projection in (self.image_projection, self.metadata_projection):
+                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if c.image_image:
+            self.image_mlp = image_mlp(self.image_encoder.width, c.mlp_hidden, c.mlp_out)
+
+    def forward(self, views: Tensor, metadata: tuple[Tensor, ...] | None) -> Embeddings:
+        """views [V, B, 3, h, w], metadata what its encoder takes -> Embeddings. Called once a step.
+
+        The first view meets the metadata, the last two meet each other. With V = 2 they share the first view
+        (Section 3.2, "Efficient view coupling"); V = 3 decouples them (Table 6); V = 1 is SatMIP alone.
+        """
+        features = self.image_encoder(views.flatten(0, 1)).unflatten(0, views.shape[:2])  # [V, B, D]
+        image = encoded = first = second = scale = None
+        if self.config.metadata_encoder != "none":
+            image = unit(self.image_projection(features[0]))
+            encoded = unit(self.metadata_projection(self.metadata_encoder(*metadata)))
+            scale = self.logit_scale.exp()
+        if self.config.image_image:
+            # NOTE[PAPER] batch statistics of each view apart, as in SLIP
+            first, second = unit(self.image_mlp(features[-2])), unit(self.image_mlp(features[-1]))
+        return Embeddings(image, encoded, first, second, scale)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Unit vectors in float32, whatever autocast says: the losses are computed on these."""
+    return F.normalize(x.float(), dim=-1)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """No weight decay for biases, norms and whatever else is 1-d, as in SLIP; positions and embeddings do decay."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [p for name, p in named if p.ndim < 2 or name.endswith("bias")]
+    decayed = [p for name, p in named if not (p.ndim < 2 or name.endswith("bias"))]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

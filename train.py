@@ -1,0 +1,475 @@
+"""Pretrain SatMIP, SatMIPS or SimCLR (paper, Section 3 and 4.2, supplement B).
+
+    python train.py --method satmips                                  # embedded data, 2 CPU cores, some minutes
+    torchrun --nproc_per_node=4 train.py --method satmips --data DIR  # the paper's settings, 4 GPUs
+
+In this order: options and presets -> processes -> learning rate -> checkpoint -> one step -> report -> main. Without
+--data the embedded data are prepared and the demo preset is the default; with --data the defaults are the paper's.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import evaluate
+import losses
+from metadata import DEFAULT_FIELDS, BadInput, TableSchema, parse_fields
+from model import VITS, ModelConfig, SatMIP, parameter_groups
+
+# -----------------------------------------------------------------------------------------------------
+# Options: the defaults are the paper's
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method is the losses it has. NOTE[PAPER] the paper's table of base learning rates and weight decays is
+    lost: SLIP's values for SimCLR, CLIP and SLIP, taken from its batch of 4096 to 256 by the linear rule."""
+
+    metadata_image: bool
+    image_image: bool
+    base_lr: float
+    weight_decay: float
+
+
+METHODS = {
+    "simclr": Method(False, True, 2.0e-4, 0.1),
+    "satmip": Method(True, False, 3.125e-5, 0.5),
+    "satmips": Method(True, True, 1.875e-4, 0.1),
+}
+LR_START, LR_END = 1e-6, 1e-5  # NOTE[PAPER] where warm-up starts and the cosine ends: SLIP's
+AUGMENTATIONS = tuple(data.POLICIES)
+TEXT_WIDTH, TABLE_WIDTH = 512, 192  # NOTE[PAPER] Section 4.2 says 512 for both, supplement B 192 for the table
+
+
+def option(default, text: str, choices=None):
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option; `None` means the value that the help names."""
+
+    method: str = option("satmips", "what to learn from", tuple(METHODS))
+    data: str = option("", "prepared dataset; default: the embedded data, cut into data/demo")
+    output: str = option("", "run folder, resumed if it holds a checkpoint; default: runs/METHOD or runs/demo-METHOD")
+    metadata_encoder: str = option("text", "how metadata is encoded", ("text", "table"))
+    fields: str = option(DEFAULT_FIELDS, "metadata fields in order, comma-separated, or 'all'")
+    vit: str = option("vit_small", "image encoder", tuple(VITS))
+    image_size: int = option(224, "side of a view in px")
+    patch_size: int = option(16, "side of a patch in px")
+    metadata_width: int | None = option(None, f"width of the metadata encoder (text {TEXT_WIDTH}, table {TABLE_WIDTH})")
+    metadata_layers: int = option(3, "layers of the metadata encoder")
+    mlp_hidden: int = option(4096, "hidden width of the SimCLR head")
+    epochs: int = option(200, "passes over the train split")
+    batch_size: int = option(1024, "images a step over all processes")
+    base_lr: float | None = option(None, "learning rate for a batch of 256, scaled linearly (by method)")
+    weight_decay: float | None = option(None, "AdamW's (by method)")
+    warmup_epochs: float = option(1, "epochs of linear warm-up")
+    loss_weight: float = option(1.0, "lambda of Eq. 4, the weight of the image-image loss")
+    temperature: float = option(0.1, "of the image-image loss; that of the metadata-image loss is learned")
+    same_view_negatives: bool = option(False, "2K-1 terms in Eq. 3 as SimCLR and SLIP, not the K printed")
+    decouple_views: bool = option(False, "a third view for the metadata (Table 6)")
+    augment: str = option("strong", "augmentation policy (Table 6)", AUGMENTATIONS)
+    amp: str = option("auto", "mixed precision; auto: bf16, fp16 where the GPU lacks it, off on CPU", ("auto", "bf16", "fp16", "off"))
+    workers: int = option(8, "image-decoding workers a process")
+    eval_every: int = option(25, "epochs between kNN scores on the test split; 0: never before the end")
+    log_every: int = option(50, "steps between lines")
+    seed: int = option(0, "of weights, data order and augmentation")
+
+
+# What suits 2 CPU cores and 64 px images. The paper's text encoder costs 3.2 GFLOP a caption forward, twenty times
+# this ViT; a narrow one still costs as much as the image. The table encoder reads the same fields as 10 tokens.
+DEMO = {
+    "metadata_encoder": "table", "vit": "vit_micro", "image_size": 64, "patch_size": 16, "metadata_width": 64,
+    "mlp_hidden": 512, "epochs": 8, "batch_size": 256, "base_lr": 1e-3, "workers": 1, "eval_every": 2,
+}  # fmt: skip
+
+
+def parse_config(argv: list[str] | None) -> tuple[Config, str]:
+    """Command line -> (configuration, name of the preset it started from)."""
+    parser = argparse.ArgumentParser(description="Pretrain SatMIP, SatMIPS or SimCLR.", allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.type is bool:
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+        else:
+            kind = next(t for t in (int, float, str) if t is f.type or t in getattr(f.type, "__args__", ()))
+            text += "" if f.default in (None, "") else f" (default {f.default})"
+            parser.add_argument(flag, type=kind, choices=f.metadata["choices"], default=argparse.SUPPRESS, help=text)
+    given = vars(parser.parse_args(argv))
+    demo = "data" not in given
+    config = Config(**((DEMO if demo else {}) | given))
+    method = METHODS[config.method]
+    derived = {
+        "base_lr": method.base_lr if config.base_lr is None else config.base_lr,
+        "weight_decay": method.weight_decay if config.weight_decay is None else config.weight_decay,
+        "metadata_width": config.metadata_width or (TEXT_WIDTH if config.metadata_encoder == "text" else TABLE_WIDTH),
+        "data": config.data or str(Path("data") / "demo"),
+        "output": config.output or str(Path("runs") / f"{'demo-' if demo else ''}{config.method}"),
+    }
+    config = dataclasses.replace(config, **derived)
+    for name in ("epochs", "batch_size", "image_size", "patch_size", "metadata_layers", "mlp_hidden", "log_every", "temperature", "base_lr"):
+        if getattr(config, name) <= 0:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
+    if config.decouple_views and not (method.metadata_image and method.image_image):
+        raise BadInput(f"--decouple-views: {config.method} has one kind of view only; use --method satmips")
+    parse_fields(config.fields)
+    return config, "demo" if demo else "paper"
+
+
+# -----------------------------------------------------------------------------------------------------
+# Processes
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all; one process without a group is a world of its own."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @staticmethod
+    def join() -> "World":
+        """Read what torchrun set; NCCL on GPUs, gloo on CPU."""
+        cuda = torch.cuda.is_available()
+        if "RANK" not in os.environ:
+            return World(0, 1, torch.device("cuda" if cuda else "cpu"))
+        local = int(os.environ["LOCAL_RANK"])
+        device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        elif "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] == "1":  # torchrun's own default
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # rank 0 evaluates alone
+        return World(dist.get_rank(), dist.get_world_size(), device)
+
+    def print(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def first(self, work):
+        """Rank 0 does the work, everyone gets what it returns; its BadInput is raised everywhere."""
+        result = None
+        if self.rank == 0:
+            try:
+                result = work()
+            except BadInput as error:
+                result = error
+        if self.size > 1:
+            box = [result]
+            dist.broadcast_object_list(box)
+            result = box[0]
+        if isinstance(result, BadInput):
+            raise result
+        return result
+
+    def mean(self, values: Tensor) -> list[float]:
+        """Mean over processes."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return (values / self.size).tolist()
+
+
+# -----------------------------------------------------------------------------------------------------
+# Learning rate
+
+
+def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
+    """Of the step that comes next (supplement B): linear warm-up, then a cosine down to the last step."""
+    peak = config.base_lr * config.batch_size / 256
+    warmup, total = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
+    if step < warmup:
+        return LR_START + (peak - LR_START) * step / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return LR_END + (peak - LR_END) * (1 + math.cos(math.pi * progress)) / 2
+
+
+# -----------------------------------------------------------------------------------------------------
+# Checkpoint: plain types and tensors only, so that it loads with weights_only=True
+
+FREE = {"data", "output", "workers", "eval_every", "log_every"}  # options that a resumed run may change
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Written beside the old one, flushed to disk, then put in its place: a kill leaves one or the other, whole."""
+    unfinished = path.with_suffix(".unfinished")
+    with open(unfinished, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def restore(path: Path, config: Config, model: SatMIP, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+    """Put a checkpoint back -> the step it was saved after. BadInput when it belongs to another configuration."""
+    state = evaluate.read_checkpoint(path)
+    for name, value in asdict(config).items():
+        if name not in FREE and state["config"].get(name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise BadInput(f"{path}: made with {flag} {state['config'].get(name)}, not {value}; choose another --output")
+    evaluate.load_weights(model, state["model"], path)
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return state["step"]
+
+
+# -----------------------------------------------------------------------------------------------------
+# One step
+
+
+def make_views(images: Tensor, rows: Tensor, epoch: int, config: Config, statistics: tuple[list, list]) -> Tensor:
+    """uint8 images [B, h, w, 3] on the device -> standardised views [V, B, 3, size, size]."""
+    method, policy = METHODS[config.method], data.POLICIES[config.augment]
+    count = 3 if config.decouple_views else 2 if method.image_image else 1
+    views = []
+    for view in range(count):
+        draws = data.draw(policy, images.shape[1], config.seed, epoch, rows.numpy(), view)
+        views.append(data.standardise(data.augment(images, draws, config.image_size), *statistics))
+    return torch.stack(views)
+
+
+def compute_losses(embeddings, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """Embeddings -> (Eq. 4, what to log of it)."""
+    e, logged, metadata_image, image_image = embeddings, {}, None, None
+    if e.image is not None:
+        metadata_image = losses.metadata_image_loss(e.image, e.metadata, e.scale)
+        logged |= {"loss_metadata_image": metadata_image.loss, "accuracy_metadata_image": metadata_image.accuracy}
+    if e.first is not None:
+        image_image = losses.image_image_loss(e.first, e.second, config.temperature, config.same_view_negatives)
+        logged |= {"loss_image_image": image_image.loss, "accuracy_image_image": image_image.accuracy}
+    loss = losses.total_loss(metadata_image, image_image, config.loss_weight)
+    return loss, {"loss": loss} | logged
+
+
+def train_step(network, optimizer, scaler, views: Tensor, metadata, config: Config, amp: torch.dtype | None) -> dict[str, Tensor]:
+    """One forward of all views and the metadata, the losses in float32, one optimizer step -> what to log."""
+    with torch.autocast(views.device.type, amp, enabled=amp is not None):
+        embeddings = network(views, metadata)
+    loss, logged = compute_losses(embeddings, config)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    if embeddings.scale is not None:
+        model = network.module if isinstance(network, DistributedDataParallel) else network
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, losses.MAX_SCALE)
+        logged["temperature"] = 1 / embeddings.scale
+    return {name: value.detach() for name, value in logged.items()}
+
+
+# -----------------------------------------------------------------------------------------------------
+# The report at the end
+
+
+def report(pretrained: evaluate.Pretrained, untrained: evaluate.Pretrained, splits, statistics, config: Config, run: Path) -> str:
+    """Score the untrained network, the trained one and colour histograms alike; draw the two pictures -> the table."""
+    size, workers = config.image_size, config.workers
+    modality = "both" if pretrained.encoder != "none" else "image"
+    trained = [evaluate.extract(pretrained, split, statistics, modality, size, workers) for split in splits]
+    before = [evaluate.extract(untrained, split, statistics, "image", size, workers) for split in splits]
+    features = {
+        "colour histograms": tuple(evaluate.histograms(split, size, workers).to(pretrained.device) for split in splits),
+        "untrained, image": tuple(f["image"] for f in before),
+        f"{config.method}, image": tuple(f["image"] for f in trained),
+    }
+    if modality == "both":
+        features[f"{config.method}, metadata"] = tuple(f["metadata"] for f in trained)
+        features[f"{config.method}, both"] = tuple(evaluate.join(f) for f in trained)
+        points = tuple(map(evaluate.locations, splits))
+        if None not in points:
+            features["location only"] = tuple(p.to(pretrained.device) for p in points)
+    labels = evaluate.label_names(splits[1])
+    results = evaluate.score_all(features, splits, labels, ["knn", "linear"])
+    with open(run / "results.jsonl", "w") as file:
+        file.writelines(json.dumps({"method": config.method, "seed": config.seed, **r}) + "\n" for r in results)
+    evaluate.picture_neighbours(features[f"{config.method}, image"], splits, labels[0], run / "neighbours.png")
+    if modality == "both" and "location" in config.fields + "all":
+        evaluate.picture_places(pretrained, splits[1], statistics, size, run / "places.png")
+    return evaluate.format_table(results)
+
+
+# -----------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        train(*parse_config(argv))
+    except BadInput as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(config: Config, preset: str) -> None:
+    """The whole run, in the order of its banners."""
+    # --- processes and precision ---
+    world = World.join()
+    device, method = world.device, METHODS[config.method]
+    if config.batch_size % world.size:
+        raise BadInput(f"--batch-size {config.batch_size}: not a multiple of the {world.size} processes")
+    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None, "auto": None}[config.amp]
+    if config.amp == "auto" and device.type == "cuda":
+        amp = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # what stays float32: augmentation, BatchNorm
+
+    # --- data ---
+    fields, encoder = parse_fields(config.fields), config.metadata_encoder if method.metadata_image else "none"
+    if preset == "demo" and world.first(lambda: not Path(config.data).exists()):
+        world.print(f"no --data: preparing the embedded data (NASA imagery, about a minute, once) in {config.data}")
+        world.first(lambda: data.prepare_demo(Path(config.data)))
+    splits = data.read_dataset(config.data, fields, captions=encoder == "text")
+    if config.batch_size > len(splits[0]):
+        raise BadInput(f"--batch-size {config.batch_size}: larger than the train split of {config.data}, {len(splits[0])} images")
+    schema = TableSchema.fit(fields, splits[0].table.numbers, splits[0].table.categories) if encoder == "table" else None
+    metadata = data.Metadata(splits[0].table, encoder, schema)
+    longest = max((a.shape[1] for s in splits for a in data.Metadata(s.table, encoder).arrays[:1]), default=0) if encoder == "text" else 0
+    statistics = world.first(lambda: data.channel_statistics(splits[0], config.image_size, config.workers))
+
+    # --- model and optimizer ---
+    torch.manual_seed(config.seed)
+    model_config = ModelConfig(
+        config.image_size, config.patch_size, config.vit, encoder, config.metadata_width, config.metadata_layers,
+        context=-(-longest // 8) * 8, numbers=len(schema.numbers) if schema else 0,
+        categories=tuple(len(v) + 2 for v in schema.categories.values()) if schema else (),
+        image_image=method.image_image, mlp_hidden=config.mlp_hidden,
+    )  # fmt: skip
+    try:
+        model = SatMIP(model_config)
+        untrained = SatMIP(model_config)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    untrained.load_state_dict(model.state_dict())
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay), lr=0.0, betas=(0.9, 0.98), eps=1e-8, fused=True
+    )  # fmt: skip
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+
+    # --- resume ---
+    run = Path(config.output)
+    path, start = run / "checkpoint.pt", 0
+    world.first(lambda: run.mkdir(parents=True, exist_ok=True))
+    if world.first(path.exists):
+        start = restore(path, config, model, optimizer, scaler)
+    network = DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
+
+    # --- say what is about to happen ---
+    per_epoch = len(splits[0]) // config.batch_size
+    steps = config.epochs * per_epoch
+    options = asdict(config)
+    world.print(f"{preset} preset with your options: " + ", ".join(f"{k}={v}" for k, v in options.items()))
+    world.print(
+        f"{len(splits[0]):,} train and {len(splits[1]):,} test images; {sum(p.numel() for p in model.parameters()):,} parameters; "
+        f"batch {config.batch_size // world.size} x {world.size} processes = {config.batch_size}; "
+        f"lr {config.base_lr:g} x {config.batch_size}/256 = {config.base_lr * config.batch_size / 256:g}; "
+        f"{config.epochs} epochs of {per_epoch} steps; {device.type}, {'float32' if amp is None else str(amp).removeprefix('torch.')}"
+    )
+    if start:
+        world.print(f"resumed from {path} after step {start:,} of {steps:,}")
+
+    def state(step: int) -> dict:
+        """All that a checkpoint holds. Nothing random is in it: randomness is a function of seed, epoch, row and view."""
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        return {
+            "model": model.state_dict(), "model_config": asdict(model_config), "config": options, "fields": config.fields,
+            "schema": asdict(schema) if schema else None, "channel_mean": statistics[0], "channel_std": statistics[1],
+            "step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "versions": versions,
+        }  # fmt: skip
+
+    # --- train ---
+    order = data.Order(len(splits[0]), config.batch_size, start, steps, config.seed, world.rank, world.size)
+    batches = data.load(splits[0], config.image_size, order, config.workers)
+    pretrained = evaluate.Pretrained(model, config.fields, schema, device)
+    began = epoch_began = line_began = time.perf_counter()
+    waited, epoch_waited, total, line_total, line_steps = 0.0, 0.0, {}, {}, 0
+    for step in range(start, steps):
+        epoch = step // per_epoch
+        asked = time.perf_counter()
+        images, rows = next(batches)
+        waited += time.perf_counter() - asked
+        views = make_views(images.to(device, non_blocking=True), rows, epoch, config, statistics)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, per_epoch)
+        logged = train_step(network, optimizer, scaler, views, metadata.batch(rows, device), config, amp)
+        for name, value in logged.items():
+            line_total[name] = line_total.get(name, 0) + value
+        line_steps += 1
+
+        # --- a line, now and then ---
+        ends_epoch = (step + 1) % per_epoch == 0
+        if line_steps == config.log_every or ends_epoch:
+            sums = dict(zip(line_total, world.mean(torch.stack([v.float() for v in line_total.values()]))))
+            now = time.perf_counter()
+            for name, value in sums.items():
+                if not math.isfinite(value):
+                    raise BadInput(f"{name} became {value} between steps {step + 1 - line_steps} and {step}; lower --base-lr")
+                total[name] = total.get(name, 0) + value
+            left = timedelta(seconds=round((now - began) / (step + 1 - start) * (steps - step - 1)))
+            terms = "  ".join(f"{name.replace('_metadata_image', ' MI').replace('_image_image', ' II')} {v / line_steps:.3f}" for name, v in sums.items())
+            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_memory()
+            world.print(
+                f"epoch {epoch + 1}/{config.epochs} step {step + 1}/{steps}  {terms}  lr {learning_rate(config, step, per_epoch):.2e}  "
+                f"{line_steps * config.batch_size / (now - line_began):.0f} images/s  wait {waited / (now - line_began):.1%}  "
+                f"{memory / 2**30:.1f} GiB  {left} left"
+            )
+            epoch_waited += waited
+            line_began, waited, line_total, line_steps = now, 0.0, {}, 0
+
+        # --- the end of an epoch ---
+        if ends_epoch:
+            seconds = time.perf_counter() - epoch_began
+            count = per_epoch - max(0, start - epoch * per_epoch)  # steps of this epoch that this process ran
+            line = {"epoch": epoch + 1, "step": step + 1, **{name: value / count for name, value in total.items()}}
+            line |= {"lr": learning_rate(config, step, per_epoch), "images_per_second": count * config.batch_size / seconds}
+            line |= {"wait": epoch_waited / seconds, "seconds": seconds, "memory": memory}
+            if world.rank == 0:
+                if config.eval_every and (epoch + 1) % config.eval_every == 0 and splits[1].labels:
+                    features = {"image": tuple(evaluate.extract(pretrained, s, statistics, "image", config.image_size, config.workers)["image"] for s in splits)}
+                    label = evaluate.label_names(splits[1])[0]
+                    scores = evaluate.score_all(features, splits, [label], ["knn"])
+                    line["knn"] = {str(r["k"]): r["accuracy"] for r in scores}
+                    world.print(f"epoch {epoch + 1}: {label} kNN " + ", ".join(f"{100 * a:.1f} (k={k})" for k, a in line["knn"].items()))
+                    model.train()
+                save_checkpoint(path, state(step + 1))
+                with open(run / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            if world.size > 1:
+                dist.barrier()
+            epoch_began = line_began = time.perf_counter()
+            epoch_waited, total = 0.0, {}
+
+    # --- report ---
+    if world.rank == 0 and splits[1].labels:
+        before = evaluate.Pretrained(untrained.to(device), config.fields, schema, device)
+        table = report(pretrained, before, splits, statistics, config, run)
+        world.print(f"\n{table}\n\n{run}: checkpoint.pt, log.jsonl, results.jsonl, neighbours.png" + (", places.png" if encoder != "none" else ""))
+    if world.size > 1:
+        dist.barrier()
+
+
+def resident_memory() -> int:
+    """Bytes that this process holds in memory."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
