@@ -1,4 +1,4 @@
-"""The one dataset format, how it is read, and what happens to a batch of images (paper, Section 4.1-4.2, supplement A, B).
+"""The one dataset format, how it is read, and what happens to a batch of images (Section 4.1-4.2, supplement A, B).
 
 In this order: numbered randomness -> a split read into arrays -> loading images -> augmentation on the device
 -> the embedded demo data.
@@ -186,10 +186,10 @@ class Metadata:
 
     def __init__(self, table: Table, encoder: str, schema: TableSchema | None = None, context: int | None = None):
         """encoder: "text", "table" or "none". schema: for the table encoder. context: most tokens of a caption."""
-        self.encoder = encoder
+        self.encoder, self.longest = encoder, 0
         if encoder == "text":
             tokens, lengths = Tokenizer()(table.captions, context)
-            self.arrays = torch.from_numpy(tokens), torch.from_numpy(lengths)
+            self.arrays, self.longest = (torch.from_numpy(tokens), torch.from_numpy(lengths)), tokens.shape[1]
         elif encoder == "table":
             self.arrays = tuple(map(torch.from_numpy, schema.encode(table.numbers, table.categories)))
 
@@ -251,7 +251,8 @@ class Order:
     """
 
     def __init__(self, n: int, batch: int, start: int, stop: int, seed: int, rank: int, world: int):
-        self.n, self.batch, self.start, self.stop, self.seed, self.rank, self.world = n, batch, start, stop, seed, rank, world
+        self.n, self.batch, self.seed = n, batch, seed
+        self.start, self.stop, self.rank, self.world = start, stop, rank, world
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -477,12 +478,13 @@ MONTHS = ("01", "03", "05", "07", "08", "10")
 FINE = "10"  # the one month whose map is fine: 2.7 km a pixel, the others have 19.5 km
 EARTH_RADIUS, DEGREE = 6371.0, 111.195  # km; km in a degree of latitude
 CLIMATES = (
-    "Af Am As Aw BSh BSk BWh BWk Cfa Cfb Cfc Csa Csb Csc Cwa Cwb Cwc Dfa Dfb Dfc Dfd Dsa Dsb Dsc Dsd Dwa Dwb Dwc Dwd EF ET Ocean"
+    "Af Am As Aw BSh BSk BWh BWk Cfa Cfb Cfc Csa Csb Csc Cwa Cwb Cwc "
+    "Dfa Dfb Dfc Dfd Dsa Dsb Dsc Dsd Dwa Dwb Dwc Dwd EF ET Ocean"
 ).split()
 LAND_COVERS = (
-    "water;evergreen needleleaf forest;evergreen broadleaf forest;deciduous needleleaf forest;deciduous broadleaf forest;"
-    "mixed forest;closed shrubland;open shrubland;woody savanna;savanna;grassland;permanent wetland;cropland;urban;"
-    "cropland/natural mosaic;snow and ice;barren"
+    "water;evergreen needleleaf forest;evergreen broadleaf forest;deciduous needleleaf forest;"
+    "deciduous broadleaf forest;mixed forest;closed shrubland;open shrubland;woody savanna;savanna;grassland;"
+    "permanent wetland;cropland;urban;cropland/natural mosaic;snow and ice;barren"
 ).split(";")
 PIXELS = 64
 
@@ -522,17 +524,18 @@ class DemoAreas(torch.utils.data.Dataset):
         fine = u[2] < 0.8
         low, high = (3.0, 12.0) if fine else (20.0, 26.0)
         gsd = low * (high / low) ** u[3]  # km a pixel
-        outline = local_grid(longitude, latitude, gsd, np.linspace(-PIXELS / 2, PIXELS / 2, 10))  # cheap: most end here
+        outline = local_grid(longitude, latitude, gsd, np.linspace(-PIXELS / 2, PIXELS / 2, 10))  # cheap; most end here
         split = "test" if self.held_out(longitude, latitude) else "train"
         ocean = lookup(self.climate, outline) == len(CLIMATES)
         if ocean.mean() > 0.4 or (split == "train" and self.held_out(*outline).any()):
             return
         grid = local_grid(longitude, latitude, gsd, np.arange(PIXELS) - (PIXELS - 1) / 2)
-        record = {"gsd": [round(1000 * gsd, 4)] * 2, "location": [round(longitude, 6), round(latitude, 6)], "area": f"a{area}"}
+        place = [round(longitude, 6), round(latitude, 6)]
+        record = {"gsd": [round(1000 * gsd, 4)] * 2, "location": place, "area": f"a{area}"}
         inside = tuple(axis[2::4, 2::4] for axis in grid)
-        climate, land_cover = lookup(self.climate, inside), lookup(self.land_cover, inside)
-        land = (climate > 0) & (climate < len(CLIMATES))
-        for key, values, names in (("climate", climate[land] - 1, CLIMATES), ("land_cover", land_cover.ravel(), LAND_COVERS)):
+        climate, cover = lookup(self.climate, inside), lookup(self.land_cover, inside).ravel()
+        climate = climate[(climate > 0) & (climate < len(CLIMATES))] - 1  # of the land
+        for key, values, names in (("climate", climate, CLIMATES), ("land_cover", cover, LAND_COVERS)):
             count = np.bincount(values, minlength=1)
             if count.max() > 0.5 * len(values):  # else the crop shows several classes, none of which is "the" label
                 record[f"label_{key}"] = names[count.argmax()]
@@ -544,7 +547,7 @@ class DemoAreas(torch.utils.data.Dataset):
 
 
 def local_grid(longitude: float, latitude: float, gsd: float, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Longitudes and latitudes [k, k] of an azimuthal-equidistant grid around a place; steps [k] in pixels of gsd km."""
+    """Longitudes and latitudes [k, k] of an azimuthal-equidistant grid around a place; steps [k] in pixels, gsd in km."""
     x, y = np.meshgrid(steps * gsd, -steps * gsd)
     distance = np.hypot(x, y) + 1e-9
     c, phi = distance / EARTH_RADIUS, math.radians(latitude)
@@ -580,7 +583,8 @@ def cut(world: np.ndarray, grid: tuple[np.ndarray, np.ndarray], gsd: float) -> n
     x = np.concatenate([right, right, left, left])  # four corners, below one another
     y = np.concatenate([bottom, top, bottom, top])
     corners = np.stack([2 * (x - x0) / width - 1, 2 * (y - y0) / height - 1], -1)  # grid_sample's -1 .. 1
-    at = torch.nn.functional.grid_sample(torch.from_numpy(integral)[None], torch.from_numpy(corners)[None], align_corners=True)
+    integral, corners = torch.from_numpy(integral)[None], torch.from_numpy(corners)[None]
+    at = torch.nn.functional.grid_sample(integral, corners, align_corners=True)
     a, b, c, d = at[0].numpy().reshape(3, 4, PIXELS, PIXELS).transpose(1, 2, 3, 0)
     return np.rint((a - b - c + d) / ((bottom - top) * (right - left))[..., None]).clip(0, 255).astype(np.uint8)
 

@@ -1,7 +1,8 @@
-"""What frozen features are worth: kNN and linear probe on image, metadata or both (paper, Section 4.2, supplement C, D).
+"""What frozen features are worth: kNN and linear probe on image, metadata or both (Section 4.2, supplement C, D).
 
     python evaluate.py --checkpoint runs/demo-satmips/checkpoint.pt --protocol knn --modality image
-    python evaluate.py --checkpoint RUN/checkpoint.pt --data DIR --protocol linear --modality both --output results.jsonl
+    python evaluate.py --checkpoint RUN/checkpoint.pt --data DIR --protocol linear --modality both --output out.jsonl
+    python evaluate.py --table runs/*/results.jsonl
 
 In this order: checkpoint -> features -> kNN -> linear probe -> scores -> tables -> pictures -> main. The features are
 the CLS outputs of the backbones, before the projections. Fitted on the train split, scored on the test split.
@@ -9,8 +10,8 @@ the CLS outputs of the backbones, before the projections. Fitted on the train sp
 
 import argparse
 import json
+import pickle
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +47,12 @@ def read_checkpoint(path: Path) -> dict:
         raise BadInput(f"{path}: no such file; give the checkpoint.pt of a run folder")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = [key for key in ("model", "model_config", "fields", "schema", "config", "step") if key not in state]
-    except Exception as error:  # zip, pickle and torch each raise their own
+    except pickle.UnpicklingError:
+        raise BadInput(f"{path}: not a checkpoint of train.py (or one that holds code, which is never run)") from None
+    except Exception as error:  # zip and pickle each raise their own for a torn or foreign file
         raise BadInput(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
+    needed = ("model", "model_config", "fields", "schema", "config", "step")
+    missing = [key for key in needed if not isinstance(state, dict) or key not in state]
     if missing:
         raise BadInput(f"{path}: not a checkpoint of train.py (it has no {missing[0]!r})")
     return state
@@ -82,7 +86,7 @@ def extract(
     pretrained: Pretrained, split: data.Split, statistics: tuple[list[float], list[float]], modality: str,
     size: int, workers: int, batch: int = 512,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """CLS features of every row, in order: {"image": [n, D], "metadata": [n, D_metadata]}, those that `modality` needs."""
+    """CLS features of all rows in order: {"image": [n, D], "metadata": [n, D_metadata]}, those that `modality` needs."""
     model, device = pretrained.model, pretrained.device
     model.eval()
     features = {}
@@ -102,13 +106,16 @@ def extract(
 
 
 def join(features: dict[str, Tensor]) -> Tensor:
-    """Image and metadata features side by side [n, D + D_metadata], each of unit length, so that the cosine of kNN is
-    the mean of both cosines. (The probe standardises each column anyway; NOTE[PAPER] supplement D joins for it alone.)"""
-    return torch.cat([F.normalize(x, dim=1) for x in features.values()], dim=1)
+    """Image and metadata features side by side, [n, D + D_metadata] (Section 4.4).
+
+    NOTE[PAPER] the paper fits the probe alone on these; kNN's cosine weighs each modality by its squared length,
+    which is near its width.
+    """
+    return torch.cat([features["image"], features["metadata"]], dim=1)
 
 
 def histograms(split: data.Split, size: int, workers: int, bins: int = 16) -> Tensor:
-    """Colour histograms [n, 3 bins], square roots of shares, so that a cosine compares distributions (Bhattacharyya)."""
+    """Colour histograms [n, 3 bins]: square roots of shares, whose cosine compares distributions (Bhattacharyya)."""
     rows = []
     for images, _ in data.load(split, size, data.in_order(len(split), 512), workers):
         cell = torch.arange(len(images))[:, None, None] * 3 + torch.arange(3)  # one histogram an image and channel
@@ -119,11 +126,12 @@ def histograms(split: data.Split, size: int, workers: int, bins: int = 16) -> Te
 
 
 def locations(split: data.Split) -> Tensor | None:
-    """Places as points of the unit sphere [n, 3], whose cosine falls with distance; None if a row has no place."""
+    """Places as points of the unit sphere [n, 3], whose cosine falls with distance. A row without a place is the
+    zero vector, equally far from all; None if no row has one."""
     table = data.tabulate(map(split.record, range(len(split))), parse_fields("location"), captions=False)
     longitude, latitude = np.radians(table.numbers.T)
     points = np.stack([np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], 1)
-    return None if np.isnan(points).any() else torch.from_numpy(points).float()
+    return None if np.isnan(points).all() else torch.from_numpy(points).nan_to_num().float()
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -218,17 +226,18 @@ def score(protocol: str, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], cla
         x, test_x = (x - mean) / std, (test_x - mean) / std
         weight, bias, loss = linear_probe(x, y, classes)
         predictions = (test_x @ weight.T + bias).argmax(1)[None]
-        settings = [{"solver": "L-BFGS", "iterations": 200, "regularisation": 0, "scaling": "standardised", "train_loss": loss}]
+        settings = [{"solver": "L-BFGS", "iterations": 200, "regularisation": 0, "scaling": "standard", "train_loss": loss}]
     size = {"train": len(x), "test": len(test_x), "classes": classes, "dimensions": x.shape[1]}
     return [
-        {"protocol": protocol, **setting, "accuracy": accuracy(p, test_y), "macro_f1": macro_f1(p, test_y, classes), **size}
-        for p, setting in zip(predictions, settings)
+        {"protocol": protocol, **s, "accuracy": accuracy(p, test_y), "macro_f1": macro_f1(p, test_y, classes), **size}
+        for p, s in zip(predictions, settings)
     ]
 
 
 def score_all(
-    features: dict[str, tuple[Tensor, Tensor]], splits: tuple[data.Split, data.Split], labels: list[str], protocols: list[str]
-) -> list[dict]:
+    features: dict[str, tuple[Tensor, Tensor]], splits: tuple[data.Split, data.Split],
+    labels: list[str], protocols: list[str],
+) -> list[dict]:  # fmt: skip
     """Every named feature pair (train, test) x label x protocol -> results with "features" and "label" added."""
     results = []
     for label in labels:
@@ -243,118 +252,113 @@ def label_names(split: data.Split, wanted: str | None = None) -> list[str]:
     """The labels of a split, or the wanted one of them. BadInput when there is none."""
     names = sorted(split.labels)
     if not names or (wanted and wanted not in names):
-        raise BadInput(f"{split.folder / 'metadata.jsonl'}: no label {wanted or ''}".rstrip() + f"; it has: {', '.join(names) or 'none'}")
+        path, what = split.folder / "metadata.jsonl", f"no label {wanted!r}" if wanted else "no label"
+        raise BadInput(f"{path}: {what}; its labels: {', '.join(names) or 'none'}")
     return [wanted] if wanted else names
 
 
-def format_table(results: list[dict], k: int = 20) -> str:
-    """Accuracy and macro-F1 in percent: a row for each kind of features, a column for each label and protocol.
+def format_table(results: list[dict], k: int = 20, metric: str = "accuracy") -> str:
+    """Markdown: a row for each kind of features, a column for each label and protocol, percent.
 
-    Of the kNN results one k is shown; NOTE[PAPER] 20, fixed beforehand, where the paper reports the best k.
+    Results that differ in the seed alone become one cell, mean ± sample standard deviation. Of the kNN results one k
+    is shown; NOTE[PAPER] 20, fixed beforehand, where the paper reports each dataset's best.
     """
-    shown = [r for r in results if r.get("k", k) == k]
-    columns = list(dict.fromkeys((r["label"], r["protocol"]) for r in shown))
-    cells = {(r["features"], r["label"], r["protocol"]): f"{100 * r['accuracy']:.1f} / {100 * r['macro_f1']:.1f}" for r in shown}
-    names = list(dict.fromkeys(r["features"] for r in shown))
-    head = ["accuracy / macro-F1 (%)"] + [f"{l.removeprefix('label_')} {f'kNN k={k}' if p == 'knn' else p}" for l, p in columns]
-    lines = [head] + [[name] + [cells.get((name, *column), "-") for column in columns] for name in names]
+    cells = {}  # (row, column) -> {seed: percent}
+    for r in results:
+        if r.get("k", k) == k:
+            protocol = f"kNN k={k}" if r["protocol"] == "knn" else r["protocol"]
+            column = f"{r['label'].removeprefix('label_')} {protocol}"
+            cells.setdefault((r["features"], column), {})[r.get("seed")] = 100 * r[metric]
+    rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+
+    def show(values: dict) -> str:
+        numbers = torch.tensor(list(values.values()), dtype=torch.float64)
+        spread = f" ± {numbers.std():.1f}" if len(numbers) > 1 else ""
+        return f"{numbers.mean():.1f}{spread}" if len(numbers) else "-"
+
+    lines = [[f"{metric} (%)", *columns], *([row, *(show(cells.get((row, c), {})) for c in columns)] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
 
 
 # -----------------------------------------------------------------------------------------------------
 # Pictures
 
 
-def picture_neighbours(features: tuple[Tensor, Tensor], splits: tuple[data.Split, data.Split], label: str, path: Path) -> None:
-    """Some test images, each with its nearest training images; a frame is green where the label agrees."""
-    import matplotlib
+def canvas(rows: int, columns: int, width: float, height: float, **keywords):
+    """-> a figure and its [rows, columns] axes, without ticks; drawn to a file, never to a screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **keywords)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    return figure, axes
 
+
+def picture_neighbours(
+    features: tuple[Tensor, Tensor], splits: tuple[data.Split, data.Split], label: str, path: Path
+) -> None:
+    """Some labelled test images, each with its nearest training images; a green frame where the label agrees."""
     train, test = splits
-    chosen = torch.linspace(0, len(test) - 1, min(8, len(test))).long()
-    nearest = (F.normalize(features[1][chosen], dim=1) @ F.normalize(features[0], dim=1).T).topk(min(7, len(train))).indices
-    figure, axes = pyplot.subplots(len(chosen), 1 + nearest.shape[1], figsize=(1.3 * (1 + nearest.shape[1]), 1.45 * len(chosen)), squeeze=False)
-    for row, query, found in zip(axes, chosen.tolist(), nearest.tolist()):
-        truth = test.labels.get(label, [None] * len(test))[query]
-        for axis, split, i in zip(row, [test] + [train] * len(found), [query] + found):
+    labelled = [i for i, value in enumerate(test.labels[label]) if value is not None]
+    chosen = labelled[:: max(1, len(labelled) // 6)][:6]
+    bank, queries = (F.normalize(x, dim=1) for x in (features[0], features[1][chosen]))
+    nearest = (queries @ bank.T).topk(min(7, len(train))).indices.tolist()
+    figure, axes = canvas(len(chosen), 1 + len(nearest[0]), 10, 1.45 * len(chosen))
+    for row, query, found in zip(axes, chosen, nearest):
+        truth = test.labels[label][query]
+        for axis, split, i in zip(row, [test] + [train] * len(found), [query, *found]):
             name = split.labels.get(label, [None] * len(split))[i]
+            colour = {None: "silver", truth: "tab:green"}.get(name, "tab:red") if split is train else "black"
             axis.imshow(data.load_image(split.folder / split.names[i], 96))
-            axis.set_title(name or "no label", fontsize=7, pad=2)
-            axis.set(xticks=[], yticks=[])
-            colour = "black" if split is test else "tab:gray" if None in (name, truth) else "tab:green" if name == truth else "tab:red"
-            for side in axis.spines.values():
-                side.set(color=colour, linewidth=3)
-    figure.suptitle(f"Test images (left) and their nearest training images; {label.removeprefix('label_')} above", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+            axis.set_title(name or "no label", fontsize=8, pad=2)
+            axis.spines[:].set(color=colour, linewidth=3)
+    name = label.removeprefix("label_")
+    figure.suptitle(f"Test images (black frame) and their nearest training images, with their {name}", fontsize=10)
+    figure.savefig(path, dpi=100)
 
 
 @torch.no_grad()
 def picture_places(
-    pretrained: Pretrained, test: data.Split, statistics: tuple[list[float], list[float]], size: int, path: Path, step: int = 3
+    pretrained: Pretrained, test: data.Split, statistics: tuple[list[float], list[float]], size: int, path: Path
 ) -> None:
-    """Where on Earth the model places some test images: the similarity of each image's embedding to that of its own
-    metadata with the location replaced by every place of a grid. A star marks the true place."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    model, device = pretrained.model, pretrained.device
+    """Where on Earth the model places some test images: each image's embedding is compared with that of its own
+    metadata, the location replaced by every place of a grid. A star marks the true place."""
+    model, device, step = pretrained.model, pretrained.device, 3  # degrees
     longitudes, latitudes = np.arange(-180 + step / 2, 180, step), np.arange(75 - step / 2, -60, -step)
     places = [[float(x), float(y)] for y in latitudes for x in longitudes]
-    chosen = [i for i in range(0, len(test), max(1, len(test) // 6)) if "location" in test.record(i)][:6]
-    if not chosen:
+    located = [i for i in range(0, len(test), max(1, len(test) // 40)) if "location" in test.record(i)]
+    if not located:
         return
-    figure, axes = pyplot.subplots(len(chosen), 2, figsize=(10, 2.1 * len(chosen)), width_ratios=(1, 4), squeeze=False)
-    background = data.Image.open(data.MAPS / "bluemarble-2004-07.jpg").resize((720, 360)).convert("L")
+    chosen = located[:: max(1, len(located) // 6)][:6]
+    figure, axes = canvas(len(chosen), 2, 10, 2.3 * len(chosen), width_ratios=(1, 2.7))
+    earth = data.Image.open(data.MAPS / "bluemarble-2004-07.jpg").resize((1080, 540))
     for (left, right), i in zip(axes, chosen):
         record, image = test.record(i), data.load_image(test.folder / test.names[i], size)
-        table = data.tabulate(({**record, "location": place} for place in places), pretrained.fields, pretrained.encoder == "text")
-        metadata = pretrained.metadata(table)
-        batches = [metadata.batch(rows, device) for rows in data.in_order(len(places), 512)]
+        records = ({**record, "location": place} for place in places)
+        metadata = pretrained.metadata(data.tabulate(records, pretrained.fields, pretrained.encoder == "text"))
+        batches = (metadata.batch(rows, device) for rows in data.in_order(len(places), 512))
         gallery = torch.cat([model.metadata_projection(model.metadata_encoder(*batch)) for batch in batches])
         pixels = data.standardise(data.plain(torch.from_numpy(image.copy())[None].to(device)), *statistics)
         query = model.image_projection(model.image_encoder(pixels))
-        similarity = F.cosine_similarity(query, gallery).view(len(latitudes), -1)
-        posterior = (similarity * model.logit_scale.exp()).flatten().softmax(0).view_as(similarity).cpu()
+        posterior = (F.cosine_similarity(query, gallery) * model.logit_scale.exp()).softmax(0)
+        share = (posterior / posterior.max()).view(len(latitudes), -1).cpu().numpy()
         left.imshow(image)
-        left.set(xticks=[], yticks=[])
-        left.set_title(f"{record.get('timestamp', '')}{' (inferred)' if record.get('timestamp_inferred') else ''}", fontsize=7)
-        right.imshow(background, extent=(-180, 180, -90, 90), cmap="gray", alpha=0.6)
-        shown = right.imshow(posterior, extent=(-180, 180, latitudes[-1] - step / 2, 75), cmap="inferno", alpha=0.75, interpolation="bilinear")
-        right.plot(*record["location"], "*", color="cyan", markersize=11, markeredgecolor="black")
-        right.set(xticks=[], yticks=[], xlim=(-180, 180), ylim=(-60, 75))
-        figure.colorbar(shown, ax=right, shrink=0.7, format="%.1e").ax.tick_params(labelsize=6)
-    figure.suptitle("Where the model places a test image, all other metadata being its own (star: the truth)", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+        inferred = " (month inferred)" if record.get("timestamp_inferred") else ""
+        left.set_title(f"{record.get('timestamp', 'no date')}{inferred}", fontsize=8)
+        right.imshow(earth, extent=(-180, 180, -90, 90), alpha=0.6)
+        right.imshow(share, alpha=share**0.5, extent=(-180, 180, -60, 75), cmap="autumn", interpolation="bilinear")
+        right.plot(*record["location"], "*", color="cyan", markersize=12, markeredgecolor="black")
+        right.set(xlim=(-180, 180), ylim=(-60, 75))
+    figure.suptitle("Where the model places test images, their other metadata given (star: the truth)", fontsize=10)
+    figure.savefig(path, dpi=100)
 
 
 # -----------------------------------------------------------------------------------------------------
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="kNN or linear probe on frozen features of a checkpoint of train.py.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoint.pt")
-    parser.add_argument("--data", type=Path, help="prepared dataset; default: the one of the checkpoint's training")
-    parser.add_argument("--protocol", choices=("knn", "linear"), default="knn")
-    parser.add_argument("--modality", choices=("image", "metadata", "both"), default="image")
-    parser.add_argument("--label", help="one label of the dataset; default: all of them")
-    parser.add_argument("--image-size", type=int, help="px; default: as in training; positions are interpolated")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="append one JSON line per result to this file")
-    args = parser.parse_args(argv)
-    try:
-        evaluate(args)
-    except BadInput as error:
-        sys.exit(f"error: {error}")
 
 
 def evaluate(args: argparse.Namespace) -> list[dict]:
@@ -362,7 +366,8 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     pretrained, state = load_pretrained(args.checkpoint, torch.device(args.device))
     config = pretrained.model.config
     if args.modality != "image" and pretrained.encoder == "none":
-        raise BadInput(f"{args.checkpoint}: trained by {state['config']['method']}, which has no metadata encoder; only --modality image")
+        method = state["config"]["method"]
+        raise BadInput(f"{args.checkpoint}: {method} has no metadata encoder; use --modality image")
     folder = args.data or Path(state["config"]["data"])
     size = args.image_size or config.image_size
     if size % config.patch_size:
@@ -374,18 +379,43 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     named = {args.modality: tuple(join(f) if args.modality == "both" else f[args.modality] for f in features)}
     if args.modality != "image":
         points = tuple(map(locations, splits))
-        named |= {"location only": points} if None not in points else {}
+        named |= {"location only": points} if points[0] is not None and points[1] is not None else {}
     results = score_all(named, splits, labels, [args.protocol])
     common = {
-        "checkpoint": str(args.checkpoint), "step": state["step"], "method": state["config"]["method"], "data": str(folder),
-        "image_size": size, "seed": state["config"]["seed"], "metadata_encoder": pretrained.encoder, "fields": state["fields"],
+        "checkpoint": str(args.checkpoint), "step": state["step"], "method": state["config"]["method"],
+        "seed": state["config"]["seed"], "metadata_encoder": pretrained.encoder, "fields": state["fields"],
+        "data": str(folder), "image_size": size,
     }  # fmt: skip
-    for k in sorted({r["k"] for r in results}) if args.protocol == "knn" else [20]:
-        print(format_table(results, k) + "\n")
+    for k in dict.fromkeys(r.get("k") for r in results):
+        for metric in ("accuracy", "macro_f1"):
+            print(format_table(results, k, metric) + "\n")
     if args.output:
         with open(args.output, "a") as file:
             file.writelines(json.dumps({**common, **r}) + "\n" for r in results)
     return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="kNN or linear probe on frozen features of a checkpoint of train.py.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", type=Path, help="RUN/checkpoint.pt")
+    what.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="print these results as one table, no more")
+    parser.add_argument("--data", type=Path, help="prepared dataset; default: the one of the checkpoint's training")
+    parser.add_argument("--protocol", choices=("knn", "linear"), default="knn")
+    parser.add_argument("--modality", choices=("image", "metadata", "both"), default="image")
+    parser.add_argument("--label", help="one label of the dataset; default: all of them")
+    parser.add_argument("--image-size", type=int, help="px; default: as in training; positions are interpolated")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="append one JSON line per result to this file")
+    args = parser.parse_args(argv)
+    try:
+        if args.table:
+            print(format_table([json.loads(line) for path in args.table for line in path.read_text().splitlines()]))
+        else:
+            evaluate(args)
+    except BadInput as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ class TableSchema:
         return TableSchema(number_columns(fields), mean.tolist(), std.tolist(), dict(zip(names, values)))
 
     def encode(self, numbers: np.ndarray, categories: list[list[str | None]]) -> tuple[np.ndarray, np.ndarray]:
-        """-> float32 [n, F_num] standardised, NaN where missing; int64 [n, F_cat] with MISSING, UNKNOWN, then 2, 3, ..."""
+        """-> float32 [n, F_num] standardised, NaN where missing; int64 [n, F_cat]: MISSING, UNKNOWN, then 2, 3, ..."""
         scaled = ((numbers - np.array(self.mean)) / np.array(self.std)).astype(np.float32)
         encoded = np.empty((len(numbers), len(self.categories)), np.int64)
         for column, (seen, values) in enumerate(zip(self.categories.values(), categories)):

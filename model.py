@@ -64,7 +64,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). LayerNorm epsilon as in the source of each encoder."""
 
-    def __init__(self, width: int, heads: int, hidden: int, epsilon: float, reglu: bool = False, first_norm: bool = True):
+    def __init__(
+        self, width: int, heads: int, hidden: int, epsilon: float, reglu: bool = False, first_norm: bool = True
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, epsilon) if first_norm else nn.Identity()
         self.attn = Attention(width, heads)
@@ -139,9 +141,10 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, h, w], standardised -> CLS [B, D]"""
         patch = self.patch_embed.proj.stride[0]
+        positions = self.positions(images.shape[2] // patch, images.shape[3] // patch)
         x = self.patch_embed(images)  # [B, N, D]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        return run_blocks(self.blocks, self.norm, x + self.positions(images.shape[2] // patch, images.shape[3] // patch))
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + positions  # [B, 1 + N, D]
+        return run_blocks(self.blocks, self.norm, x)
 
 
 # -----------------------------------------------------------------------------------------------------

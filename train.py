@@ -8,6 +8,7 @@ In this order: options and presets -> processes -> learning rate -> checkpoint -
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -84,7 +85,7 @@ class Config:
     same_view_negatives: bool = option(False, "2K-1 terms in Eq. 3 as SimCLR and SLIP, not the K printed")
     decouple_views: bool = option(False, "a third view for the metadata (Table 6)")
     augment: str = option("strong", "augmentation policy (Table 6)", AUGMENTATIONS)
-    amp: str = option("auto", "mixed precision; auto: bf16, fp16 where the GPU lacks it, off on CPU", ("auto", "bf16", "fp16", "off"))
+    amp: str = option("auto", "auto: bf16, fp16 where the GPU lacks it, off on CPU", ("auto", "bf16", "fp16", "off"))
     workers: int = option(8, "image-decoding workers a process")
     eval_every: int = option(25, "epochs between kNN scores on the test split; 0: never before the end")
     log_every: int = option(50, "steps between lines")
@@ -97,6 +98,9 @@ DEMO = {
     "metadata_encoder": "table", "vit": "vit_micro", "image_size": 64, "patch_size": 16, "metadata_width": 64,
     "mlp_hidden": 512, "epochs": 8, "batch_size": 256, "base_lr": 1e-3, "workers": 1, "eval_every": 2,
 }  # fmt: skip
+
+
+MAY_BE_ZERO = {"weight_decay", "warmup_epochs", "loss_weight", "workers", "eval_every", "seed"}
 
 
 def parse_config(argv: list[str] | None) -> tuple[Config, str]:
@@ -122,9 +126,9 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
         "output": config.output or str(Path("runs") / f"{'demo-' if demo else ''}{config.method}"),
     }
     config = dataclasses.replace(config, **derived)
-    for name in ("epochs", "batch_size", "image_size", "patch_size", "metadata_layers", "mlp_hidden", "log_every", "temperature", "base_lr"):
-        if getattr(config, name) <= 0:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
+    for name, value in asdict(config).items():
+        if name not in MAY_BE_ZERO and isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be positive")
     if config.decouple_views and not (method.metadata_image and method.image_image):
         raise BadInput(f"--decouple-views: {config.method} has one kind of view only; use --method satmips")
     parse_fields(config.fields)
@@ -215,13 +219,13 @@ def save_checkpoint(path: Path, state: dict) -> None:
     unfinished.replace(path)
 
 
-def restore(path: Path, config: Config, model: SatMIP, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+def restore(path: Path, config: Config, model: SatMIP, optimizer, scaler: torch.amp.GradScaler) -> int:
     """Put a checkpoint back -> the step it was saved after. BadInput when it belongs to another configuration."""
     state = evaluate.read_checkpoint(path)
     for name, value in asdict(config).items():
         if name not in FREE and state["config"].get(name) != value:
-            flag = "--" + name.replace("_", "-")
-            raise BadInput(f"{path}: made with {flag} {state['config'].get(name)}, not {value}; choose another --output")
+            flag, old = "--" + name.replace("_", "-"), state["config"].get(name)
+            raise BadInput(f"{path}: made with {flag} {old}, not {value}; choose another --output")
     evaluate.load_weights(model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
@@ -256,7 +260,9 @@ def compute_losses(embeddings, config: Config) -> tuple[Tensor, dict[str, Tensor
     return loss, {"loss": loss} | logged
 
 
-def train_step(network, optimizer, scaler, views: Tensor, metadata, config: Config, amp: torch.dtype | None) -> dict[str, Tensor]:
+def train_step(
+    network, optimizer, scaler, views: Tensor, metadata, config: Config, amp: torch.dtype | None
+) -> dict[str, Tensor]:
     """One forward of all views and the metadata, the losses in float32, one optimizer step -> what to log."""
     with torch.autocast(views.device.type, amp, enabled=amp is not None):
         embeddings = network(views, metadata)
@@ -274,33 +280,78 @@ def train_step(network, optimizer, scaler, views: Tensor, metadata, config: Conf
 
 
 # -----------------------------------------------------------------------------------------------------
-# The report at the end
+# Figures of a stretch of steps
 
 
-def report(pretrained: evaluate.Pretrained, untrained: evaluate.Pretrained, splits, statistics, config: Config, run: Path) -> str:
-    """Score the untrained network, the trained one and colour histograms alike; draw the two pictures -> the table."""
-    size, workers = config.image_size, config.workers
-    modality = "both" if pretrained.encoder != "none" else "image"
-    trained = [evaluate.extract(pretrained, split, statistics, modality, size, workers) for split in splits]
+class Meter:
+    """Sums what steps log, without waiting for the device until it is read."""
+
+    def __init__(self):
+        self.sums, self.steps, self.waited, self.began = {}, 0, 0.0, time.perf_counter()
+
+    def add(self, logged: dict[str, Tensor], waited: float) -> None:
+        """waited: seconds that this step waited for its images."""
+        self.sums = {name: value.float() + self.sums.get(name, 0) for name, value in logged.items()}
+        self.steps, self.waited = self.steps + 1, self.waited + waited
+
+    def read(self, world: World, batch_size: int) -> dict[str, float]:
+        """Means over steps and processes, speed, share of the time spent waiting for images, memory in bytes."""
+        means = dict(zip(self.sums, world.mean(torch.stack(list(self.sums.values())) / self.steps)))
+        if not math.isfinite(means["loss"]):
+            bad = next(name for name, value in means.items() if not math.isfinite(value))
+            raise BadInput(f"{bad} became {means[bad]} within the last {self.steps} steps; try a lower --base-lr")
+        seconds = time.perf_counter() - self.began
+        peak = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else resident_memory()
+        speed = {"images_per_second": self.steps * batch_size / seconds, "wait": self.waited / seconds}
+        return means | speed | {"seconds": seconds, "memory": peak}
+
+
+def resident_memory() -> int:
+    """The most bytes that this process has held."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def describe(figures: dict[str, float]) -> str:
+    """Figures as one readable stretch of a line."""
+    known = {"images_per_second", "wait", "seconds", "memory"}
+    terms = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items() if name not in known]
+    return (
+        "  ".join(terms) + f"  {figures['images_per_second']:.0f} images/s  wait {figures['wait']:.1%}"
+        f"  {figures['memory'] / 2**30:.1f} GiB"
+    )
+
+
+# -----------------------------------------------------------------------------------------------------
+# What is said of a run at its end
+
+
+def report(trained: evaluate.Pretrained, untrained: evaluate.Pretrained, splits, statistics, config: Config) -> str:
+    """Score colour histograms, the untrained network and the trained one alike, draw the two pictures -> a table."""
+    run, size, workers, device = Path(config.output), config.image_size, config.workers, trained.device
+    modality = "image" if trained.encoder == "none" else "both"
     before = [evaluate.extract(untrained, split, statistics, "image", size, workers) for split in splits]
+    after = [evaluate.extract(trained, split, statistics, modality, size, workers) for split in splits]
+    name = config.method if trained.encoder == "none" else f"{config.method} ({trained.encoder})"
     features = {
-        "colour histograms": tuple(evaluate.histograms(split, size, workers).to(pretrained.device) for split in splits),
-        "untrained, image": tuple(f["image"] for f in before),
-        f"{config.method}, image": tuple(f["image"] for f in trained),
+        "colour histograms": [evaluate.histograms(split, size, workers) for split in splits],
+        "untrained, image": [f["image"] for f in before],
+        f"{name}, image": [f["image"] for f in after],
     }
     if modality == "both":
-        features[f"{config.method}, metadata"] = tuple(f["metadata"] for f in trained)
-        features[f"{config.method}, both"] = tuple(evaluate.join(f) for f in trained)
-        points = tuple(map(evaluate.locations, splits))
-        if None not in points:
-            features["location only"] = tuple(p.to(pretrained.device) for p in points)
+        features[f"{name}, metadata"] = [f["metadata"] for f in after]
+        features[f"{name}, both"] = [evaluate.join(f) for f in after]
+        features["location only"] = [evaluate.locations(split) for split in splits]
+    features = {key: pair for key, pair in features.items() if pair[0] is not None and pair[1] is not None}
+    features = {key: tuple(x.to(device) for x in pair) for key, pair in features.items()}
     labels = evaluate.label_names(splits[1])
     results = evaluate.score_all(features, splits, labels, ["knn", "linear"])
     with open(run / "results.jsonl", "w") as file:
         file.writelines(json.dumps({"method": config.method, "seed": config.seed, **r}) + "\n" for r in results)
-    evaluate.picture_neighbours(features[f"{config.method}, image"], splits, labels[0], run / "neighbours.png")
-    if modality == "both" and "location" in config.fields + "all":
-        evaluate.picture_places(pretrained, splits[1], statistics, size, run / "places.png")
+    evaluate.picture_neighbours(features[f"{name}, image"], splits, labels[0], run / "neighbours.png")
+    if any(field.name == "location" for field in trained.fields) and modality == "both":
+        evaluate.picture_places(trained, splits[1], statistics, size, run / "places.png")
     return evaluate.format_table(results)
 
 
@@ -327,45 +378,42 @@ def train(config: Config, preset: str) -> None:
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None, "auto": None}[config.amp]
     if config.amp == "auto" and device.type == "cuda":
         amp = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # what stays float32: augmentation, BatchNorm
 
     # --- data ---
-    fields, encoder = parse_fields(config.fields), config.metadata_encoder if method.metadata_image else "none"
     if preset == "demo" and world.first(lambda: not Path(config.data).exists()):
         world.print(f"no --data: preparing the embedded data (NASA imagery, about a minute, once) in {config.data}")
         world.first(lambda: data.prepare_demo(Path(config.data)))
+    fields, encoder = parse_fields(config.fields), config.metadata_encoder if method.metadata_image else "none"
     splits = data.read_dataset(config.data, fields, captions=encoder == "text")
     if config.batch_size > len(splits[0]):
-        raise BadInput(f"--batch-size {config.batch_size}: larger than the train split of {config.data}, {len(splits[0])} images")
-    schema = TableSchema.fit(fields, splits[0].table.numbers, splits[0].table.categories) if encoder == "table" else None
-    metadata = data.Metadata(splits[0].table, encoder, schema)
-    longest = max((a.shape[1] for s in splits for a in data.Metadata(s.table, encoder).arrays[:1]), default=0) if encoder == "text" else 0
+        raise BadInput(f"--batch-size {config.batch_size}: {config.data} has only {len(splits[0])} training images")
+    table = splits[0].table
+    schema = TableSchema.fit(fields, table.numbers, table.categories) if encoder == "table" else None
+    metadata, test_metadata = (data.Metadata(split.table, encoder, schema) for split in splits)
+    context = -(-max(metadata.longest, test_metadata.longest) // 8) * 8  # in tokens, from the data
     statistics = world.first(lambda: data.channel_statistics(splits[0], config.image_size, config.workers))
 
     # --- model and optimizer ---
-    torch.manual_seed(config.seed)
     model_config = ModelConfig(
         config.image_size, config.patch_size, config.vit, encoder, config.metadata_width, config.metadata_layers,
-        context=-(-longest // 8) * 8, numbers=len(schema.numbers) if schema else 0,
-        categories=tuple(len(v) + 2 for v in schema.categories.values()) if schema else (),
+        context=context, numbers=len(schema.numbers) if schema else 0,
+        categories=tuple(len(values) + 2 for values in schema.categories.values()) if schema else (),
         image_image=method.image_image, mlp_hidden=config.mlp_hidden,
     )  # fmt: skip
+    torch.manual_seed(config.seed)
     try:
         model = SatMIP(model_config)
-        untrained = SatMIP(model_config)
     except ValueError as error:
-        raise BadInput(str(error)) from None
-    untrained.load_state_dict(model.state_dict())
+        raise BadInput(f"--vit, --image-size, --patch-size or --metadata-width: {error}") from None
+    untrained = copy.deepcopy(model)
     model.to(device).train()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=0.0, betas=(0.9, 0.98), eps=1e-8, fused=True
-    )  # fmt: skip
+    groups = parameter_groups(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
     # --- resume ---
-    run = Path(config.output)
-    path, start = run / "checkpoint.pt", 0
-    world.first(lambda: run.mkdir(parents=True, exist_ok=True))
+    path, start = Path(config.output) / "checkpoint.pt", 0
+    world.first(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     if world.first(path.exists):
         start = restore(path, config, model, optimizer, scaler)
     network = DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
@@ -374,101 +422,76 @@ def train(config: Config, preset: str) -> None:
     per_epoch = len(splits[0]) // config.batch_size
     steps = config.epochs * per_epoch
     options = asdict(config)
-    world.print(f"{preset} preset with your options: " + ", ".join(f"{k}={v}" for k, v in options.items()))
+    world.print(f"{preset} preset and your options: " + ", ".join(f"{name}={value}" for name, value in options.items()))
     world.print(
-        f"{len(splits[0]):,} train and {len(splits[1]):,} test images; {sum(p.numel() for p in model.parameters()):,} parameters; "
+        f"{len(splits[0]):,} training and {len(splits[1]):,} test images; "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; "
         f"batch {config.batch_size // world.size} x {world.size} processes = {config.batch_size}; "
-        f"lr {config.base_lr:g} x {config.batch_size}/256 = {config.base_lr * config.batch_size / 256:g}; "
-        f"{config.epochs} epochs of {per_epoch} steps; {device.type}, {'float32' if amp is None else str(amp).removeprefix('torch.')}"
+        f"learning rate {config.base_lr:g} x {config.batch_size} / 256 = {config.base_lr * config.batch_size / 256:g}; "
+        f"{config.epochs} epochs of {per_epoch} steps; {device.type}, {amp or torch.float32}"
     )
     if start:
-        world.print(f"resumed from {path} after step {start:,} of {steps:,}")
+        world.print(f"resumed {path} after step {start:,} of {steps:,}")
 
     def state(step: int) -> dict:
-        """All that a checkpoint holds. Nothing random is in it: randomness is a function of seed, epoch, row and view."""
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        """All that a checkpoint holds. No random state: randomness is a function of seed, epoch, row and view."""
+        versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
         return {
-            "model": model.state_dict(), "model_config": asdict(model_config), "config": options, "fields": config.fields,
-            "schema": asdict(schema) if schema else None, "channel_mean": statistics[0], "channel_std": statistics[1],
-            "step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "versions": versions,
+            "model": model.state_dict(), "model_config": asdict(model_config), "config": options,
+            "fields": config.fields, "schema": asdict(schema) if schema else None,
+            "channel_mean": statistics[0], "channel_std": statistics[1], "step": step,
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "versions": versions,
         }  # fmt: skip
 
     # --- train ---
     order = data.Order(len(splits[0]), config.batch_size, start, steps, config.seed, world.rank, world.size)
     batches = data.load(splits[0], config.image_size, order, config.workers)
-    pretrained = evaluate.Pretrained(model, config.fields, schema, device)
-    began = epoch_began = line_began = time.perf_counter()
-    waited, epoch_waited, total, line_total, line_steps = 0.0, 0.0, {}, {}, 0
+    trained = evaluate.Pretrained(model, config.fields, schema, device)
+    began, line, whole = time.perf_counter(), Meter(), Meter()
     for step in range(start, steps):
-        epoch = step // per_epoch
-        asked = time.perf_counter()
+        epoch, asked = step // per_epoch, time.perf_counter()
         images, rows = next(batches)
-        waited += time.perf_counter() - asked
-        views = make_views(images.to(device, non_blocking=True), rows, epoch, config, statistics)
+        waited = time.perf_counter() - asked
+        rate = learning_rate(config, step, per_epoch)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, per_epoch)
+            group["lr"] = rate
+        views = make_views(images.to(device, non_blocking=True), rows, epoch, config, statistics)
         logged = train_step(network, optimizer, scaler, views, metadata.batch(rows, device), config, amp)
-        for name, value in logged.items():
-            line_total[name] = line_total.get(name, 0) + value
-        line_steps += 1
+        line.add(logged, waited)
+        whole.add(logged, waited)
 
-        # --- a line, now and then ---
-        ends_epoch = (step + 1) % per_epoch == 0
-        if line_steps == config.log_every or ends_epoch:
-            sums = dict(zip(line_total, world.mean(torch.stack([v.float() for v in line_total.values()]))))
-            now = time.perf_counter()
-            for name, value in sums.items():
-                if not math.isfinite(value):
-                    raise BadInput(f"{name} became {value} between steps {step + 1 - line_steps} and {step}; lower --base-lr")
-                total[name] = total.get(name, 0) + value
-            left = timedelta(seconds=round((now - began) / (step + 1 - start) * (steps - step - 1)))
-            terms = "  ".join(f"{name.replace('_metadata_image', ' MI').replace('_image_image', ' II')} {v / line_steps:.3f}" for name, v in sums.items())
-            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_memory()
-            world.print(
-                f"epoch {epoch + 1}/{config.epochs} step {step + 1}/{steps}  {terms}  lr {learning_rate(config, step, per_epoch):.2e}  "
-                f"{line_steps * config.batch_size / (now - line_began):.0f} images/s  wait {waited / (now - line_began):.1%}  "
-                f"{memory / 2**30:.1f} GiB  {left} left"
-            )
-            epoch_waited += waited
-            line_began, waited, line_total, line_steps = now, 0.0, {}, 0
+        epoch_ends = (step + 1) % per_epoch == 0
+        if line.steps == config.log_every or epoch_ends:
+            figures = line.read(world, config.batch_size)
+            left = timedelta(seconds=round((time.perf_counter() - began) / (step + 1 - start) * (steps - step - 1)))
+            where = f"epoch {epoch + 1}/{config.epochs} step {step + 1}/{steps}"
+            world.print(f"{where}  {describe(figures)}  lr {rate:.1e}  {left} left")
+            line = Meter()
+        if epoch_ends:
+            entry = {"epoch": epoch + 1, "step": step + 1, "lr": rate, **whole.read(world, config.batch_size)}
+            monitored = config.eval_every and (epoch + 1) % config.eval_every == 0 and splits[1].labels
 
-        # --- the end of an epoch ---
-        if ends_epoch:
-            seconds = time.perf_counter() - epoch_began
-            count = per_epoch - max(0, start - epoch * per_epoch)  # steps of this epoch that this process ran
-            line = {"epoch": epoch + 1, "step": step + 1, **{name: value / count for name, value in total.items()}}
-            line |= {"lr": learning_rate(config, step, per_epoch), "images_per_second": count * config.batch_size / seconds}
-            line |= {"wait": epoch_waited / seconds, "seconds": seconds, "memory": memory}
-            if world.rank == 0:
-                if config.eval_every and (epoch + 1) % config.eval_every == 0 and splits[1].labels:
-                    features = {"image": tuple(evaluate.extract(pretrained, s, statistics, "image", config.image_size, config.workers)["image"] for s in splits)}
-                    label = evaluate.label_names(splits[1])[0]
-                    scores = evaluate.score_all(features, splits, [label], ["knn"])
-                    line["knn"] = {str(r["k"]): r["accuracy"] for r in scores}
-                    world.print(f"epoch {epoch + 1}: {label} kNN " + ", ".join(f"{100 * a:.1f} (k={k})" for k, a in line["knn"].items()))
+            def finish_epoch() -> None:
+                if monitored:
+                    label, size, workers = evaluate.label_names(splits[1])[0], config.image_size, config.workers
+                    pair = [evaluate.extract(trained, s, statistics, "image", size, workers)["image"] for s in splits]
+                    scores = evaluate.score_all({"image": tuple(pair)}, splits, [label], ["knn"])
                     model.train()
+                    entry[f"knn_{label}"] = {str(r["k"]): r["accuracy"] for r in scores}
+                    shown = ", ".join(f"{100 * r['accuracy']:.1f} (k={r['k']})" for r in scores)
+                    world.print(f"kNN accuracy on {label}: {shown}")
                 save_checkpoint(path, state(step + 1))
-                with open(run / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
-            if world.size > 1:
-                dist.barrier()
-            epoch_began = line_began = time.perf_counter()
-            epoch_waited, total = 0.0, {}
+                with open(path.with_name("log.jsonl"), "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+
+            world.first(finish_epoch)
+            line, whole = Meter(), Meter()
 
     # --- report ---
-    if world.rank == 0 and splits[1].labels:
+    if splits[1].labels:
         before = evaluate.Pretrained(untrained.to(device), config.fields, schema, device)
-        table = report(pretrained, before, splits, statistics, config, run)
-        world.print(f"\n{table}\n\n{run}: checkpoint.pt, log.jsonl, results.jsonl, neighbours.png" + (", places.png" if encoder != "none" else ""))
-    if world.size > 1:
-        dist.barrier()
-
-
-def resident_memory() -> int:
-    """Bytes that this process holds in memory."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        table = world.first(lambda: report(trained, before, splits, statistics, config))
+        world.print(f"\n{table}\n\nin {path.parent}: " + ", ".join(sorted(file.name for file in path.parent.iterdir())))
 
 
 if __name__ == "__main__":
