@@ -530,6 +530,8 @@ class DemoAreas(torch.utils.data.Dataset):
         if ocean.mean() > 0.4 or (split == "train" and self.held_out(*outline).any()):
             return
         grid = local_grid(longitude, latitude, gsd, np.arange(PIXELS) - (PIXELS - 1) / 2)
+        if split == "train" and self.held_out(*grid).any():  # a corner of a block, between the outline's points
+            return
         place = [round(longitude, 6), round(latitude, 6)]
         record = {"gsd": [round(1000 * gsd, 4)] * 2, "location": place, "area": f"a{area}"}
         inside = tuple(axis[2::4, 2::4] for axis in grid)
@@ -547,7 +549,7 @@ class DemoAreas(torch.utils.data.Dataset):
 
 
 def local_grid(longitude: float, latitude: float, gsd: float, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Longitudes and latitudes [k, k] of an azimuthal-equidistant grid around a place; steps [k] in pixels, gsd in km."""
+    """Longitudes and latitudes [k, k] of an azimuthal-equidistant grid around a place; steps [k] in pixels of gsd."""
     x, y = np.meshgrid(steps * gsd, -steps * gsd)
     distance = np.hypot(x, y) + 1e-9
     c, phi = distance / EARTH_RADIUS, math.radians(latitude)
@@ -633,7 +635,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         prepare_demo(args.folder, args.train, args.test, args.seed)
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
 
 

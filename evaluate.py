@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-from metadata import BadInput, TableSchema, parse_fields
+from metadata import FIELDS, BadInput, TableSchema, parse_fields, parse_numbers
 from model import ModelConfig, SatMIP
 
 KS = (1, 5, 20, 100)  # supplement C
@@ -50,7 +50,7 @@ def read_checkpoint(path: Path) -> dict:
     except pickle.UnpicklingError:
         raise BadInput(f"{path}: not a checkpoint of train.py (or one that holds code, which is never run)") from None
     except Exception as error:  # zip and pickle each raise their own for a torn or foreign file
-        raise BadInput(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from None
+        raise BadInput(f"{path}: cannot be read as a checkpoint ({type(error).__name__})") from None
     needed = ("model", "model_config", "fields", "schema", "config", "step")
     missing = [key for key in needed if not isinstance(state, dict) or key not in state]
     if missing:
@@ -86,7 +86,7 @@ def extract(
     pretrained: Pretrained, split: data.Split, statistics: tuple[list[float], list[float]], modality: str,
     size: int, workers: int, batch: int = 512,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """CLS features of all rows in order: {"image": [n, D], "metadata": [n, D_metadata]}, those that `modality` needs."""
+    """CLS features of all rows in order, those that `modality` needs: {"image": [n, D], "metadata": [n, D_metadata]}"""
     model, device = pretrained.model, pretrained.device
     model.eval()
     features = {}
@@ -226,7 +226,7 @@ def score(protocol: str, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], cla
         x, test_x = (x - mean) / std, (test_x - mean) / std
         weight, bias, loss = linear_probe(x, y, classes)
         predictions = (test_x @ weight.T + bias).argmax(1)[None]
-        settings = [{"solver": "L-BFGS", "iterations": 200, "regularisation": 0, "scaling": "standard", "train_loss": loss}]
+        settings = [{"solver": "L-BFGS", "iterations": 200, "regularisation": 0, "scaling": "standard", "loss": loss}]
     size = {"train": len(x), "test": len(test_x), "classes": classes, "dimensions": x.shape[1]}
     return [
         {"protocol": protocol, **s, "accuracy": accuracy(p, test_y), "macro_f1": macro_f1(p, test_y, classes), **size}
@@ -248,13 +248,10 @@ def score_all(
     return results
 
 
-def label_names(split: data.Split, wanted: str | None = None) -> list[str]:
-    """The labels of a split, or the wanted one of them. BadInput when there is none."""
-    names = sorted(split.labels)
-    if not names or (wanted and wanted not in names):
-        path, what = split.folder / "metadata.jsonl", f"no label {wanted!r}" if wanted else "no label"
-        raise BadInput(f"{path}: {what}; its labels: {', '.join(names) or 'none'}")
-    return [wanted] if wanted else names
+def label_names(splits: tuple[data.Split, data.Split]) -> list[str]:
+    """The labels that both splits have, sorted: only those can be scored."""
+    names = set(splits[0].labels) & set(splits[1].labels)
+    return sorted(n for n in names if all(any(v is not None for v in split.labels[n]) for split in splits))
 
 
 def format_table(results: list[dict], k: int = 20, metric: str = "accuracy") -> str:
@@ -331,7 +328,9 @@ def picture_places(
     model, device, step = pretrained.model, pretrained.device, 3  # degrees
     longitudes, latitudes = np.arange(-180 + step / 2, 180, step), np.arange(75 - step / 2, -60, -step)
     places = [[float(x), float(y)] for y in latitudes for x in longitudes]
-    located = [i for i in range(0, len(test), max(1, len(test) // 40)) if "location" in test.record(i)]
+    rows = range(0, len(test), max(1, len(test) // 40))
+    truths = {i: parse_numbers(test.record(i).get("location"), FIELDS["location"]) for i in rows}
+    located = [i for i, truth in truths.items() if truth is not None]
     if not located:
         return
     chosen = located[:: max(1, len(located) // 6)][:6]
@@ -352,7 +351,7 @@ def picture_places(
         left.set_title(f"{record.get('timestamp', 'no date')}{inferred}", fontsize=8)
         right.imshow(earth, extent=(-180, 180, -90, 90), alpha=0.6)
         right.imshow(share, alpha=share**0.5, extent=(-180, 180, -60, 75), cmap="autumn", interpolation="bilinear")
-        right.plot(*record["location"], "*", color="cyan", markersize=12, markeredgecolor="black")
+        right.plot(*truths[i], "*", color="cyan", markersize=12, markeredgecolor="black")
         right.set(xlim=(-180, 180), ylim=(-60, 75))
     figure.suptitle("Where the model places test images, their other metadata given (star: the truth)", fontsize=10)
     figure.savefig(path, dpi=100)
@@ -373,7 +372,11 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     if size % config.patch_size:
         raise BadInput(f"--image-size {size}: not a multiple of the patch size {config.patch_size}")
     splits = data.read_dataset(folder, pretrained.fields, captions=pretrained.encoder == "text")
-    labels = label_names(splits[1], args.label)
+    labels = label_names(splits)
+    if not labels or args.label not in (None, *labels):
+        what = f"--label {args.label}" if args.label else "no label"
+        raise BadInput(f"{folder}: {what}; labels that train and test have: {', '.join(labels) or 'none'}")
+    labels = [args.label] if args.label else labels
     statistics = data.channel_statistics(splits[0], size, args.workers)
     features = [extract(pretrained, split, statistics, args.modality, size, args.workers) for split in splits]
     named = {args.modality: tuple(join(f) if args.modality == "both" else f[args.modality] for f in features)}
@@ -395,6 +398,21 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     return results
 
 
+def read_results(paths: list[Path]) -> list[dict]:
+    """The lines of results files. BadInput names a file that is not there or a line that is no result."""
+    results = []
+    for path in paths:
+        if not path.is_file():
+            raise BadInput(f"{path}: no such file; give results.jsonl files of run folders")
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                results.append(json.loads(line))
+                results[-1]["features"], results[-1]["label"], results[-1]["protocol"], results[-1]["accuracy"]
+            except (ValueError, KeyError, TypeError):
+                raise BadInput(f"{path}, line {number}: not a result of train.py or evaluate.py") from None
+    return results
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="kNN or linear probe on frozen features of a checkpoint of train.py.")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -411,10 +429,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if args.table:
-            print(format_table([json.loads(line) for path in args.table for line in path.read_text().splitlines()]))
+            print(format_table(read_results(args.table)))
         else:
             evaluate(args)
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
 
 

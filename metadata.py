@@ -130,10 +130,13 @@ def parse_timestamp(value: object) -> list[float] | None:
         return None
     year, month, day, hour, minute, second = (int(g) if g else None for g in match.groups()[:6])
     try:
-        moment = datetime(year, month or 1, day or 1, hour or 0, minute or 0, min(second or 0, 59))  # a leap second
+        first = (1 if part is None else part for part in (month, day))
+        moment = datetime(year, *first, hour or 0, minute or 0, 59 if second == 60 else second or 0)  # leap second
         zone = match.group(7)
         if zone and zone != "Z":
             offset = timedelta(hours=int(zone[1:3]), minutes=int(zone[-2:]))
+            if int(zone[1:3]) > 23 or int(zone[-2:]) > 59:
+                return None
             moment -= offset if zone[0] == "+" else -offset
     except (ValueError, OverflowError):
         return None

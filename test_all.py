@@ -1,0 +1,1321 @@
+"""The tests: what the code promises, in the order in which its files are read.
+
+    pytest -q test_all.py        # about two minutes on two CPU cores; no GPU, no network
+
+In this order: helpers -> metadata -> model -> losses (alone, then on 1, 2 and 4 processes) -> data -> evaluate
+-> train -> whole programs -> what a user can get wrong -> the repository itself.
+"""
+
+import argparse
+import ast
+import dataclasses
+import gzip
+import html
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import ftfy
+import numpy as np
+import pytest
+import regex
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as TF
+
+import data
+import evaluate
+import losses
+import metadata
+import model
+import train
+from metadata import POSTER, BadInput, TableSchema, Tokenizer, caption, parse_fields, parse_timestamp, table_row
+
+HERE = Path(__file__).parent
+ALL, DEFAULT = parse_fields("all"), parse_fields(metadata.DEFAULT_FIELDS)
+nan = math.nan
+
+# -----------------------------------------------------------------------------------------------------
+# Helpers
+
+
+def worst(a, b) -> float:
+    """Largest absolute difference."""
+    a, b = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (a, b))
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+def likely(count: int, n: int, p: float) -> bool:
+    """Whether `count` of n draws is within five deviations of probability p."""
+    return abs(count - n * p) <= 5 * math.sqrt(n * p * (1 - p))
+
+
+def randomise(module: torch.nn.Module) -> torch.nn.Module:
+    """Every parameter random, so that none hides behind being 0 or 1; in evaluation mode."""
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module.eval()
+
+
+def small_model(encoder: str = "table", image_image: bool = True, **options) -> model.SatMIP:
+    sizes = dict(image_size=32, vit="vit_micro", metadata_width=32, metadata_layers=1, numbers=4, categories=(5,))
+    sizes |= dict(joint_dim=32, mlp_hidden=64, mlp_out=32) | options
+    torch.manual_seed(0)
+    return model.SatMIP(model.ModelConfig(metadata_encoder=encoder, image_image=image_image, **sizes))
+
+
+def small_batch(n: int, views: int = 2) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Views and table rows for `small_model`."""
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.randn(n, 4, generator=generator).index_fill(0, torch.arange(0, n, 3), nan)
+    categories = torch.randint(5, (n, 1), generator=generator)
+    return torch.randn(views, n, 3, 32, 32, generator=generator), (numbers, categories)
+
+
+def images_of(n: int, side: int) -> torch.Tensor:
+    """uint8 [n, side, side, 3] of smooth random colours with some noise."""
+    generator = torch.Generator().manual_seed(0)
+    smooth = F.interpolate(torch.rand(n, 3, 4, 4, generator=generator), (side, side), mode="bilinear")
+    noisy = 0.8 * smooth + 0.2 * torch.rand(n, 3, side, side, generator=generator)
+    return (255 * noisy).byte().permute(0, 2, 3, 1).contiguous()
+
+
+COLOURS = {"desert": (220, 180, 120), "forest": (30, 90, 40), "ice": (235, 240, 250), "sea": (20, 50, 120)}
+WRONG_VALUES = {5: {"gsd": [0, "abc"]}, 6: {"location": None}, 8: {"country_code": ""}, 9: {"timestamp": "2004-13-01"}}
+
+
+def write_dataset(folder: Path) -> Path:
+    """48 train and 16 test images of 32 px, coloured by class and place; some values missing, some malformed."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 48), ("test", 16)):
+        (folder / split).mkdir(parents=True)
+        records = []
+        for i in range(n):
+            kind, place = list(COLOURS)[i % 4], [round(rng.uniform(-180, 180), 4), round(rng.uniform(-60, 75), 4)]
+            pixels = np.array(COLOURS[kind]) + place[0] / 12 + rng.normal(0, 12, (32, 32, 3))
+            name = f"{i:02d}.png" if i % 3 else f"{i:02d}.jpg"
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / split / name)
+            when = f"20{i % 20:02d}-0{1 + i % 9}-21T{i % 24:02d}:30:08Z" if i % 3 else "2004-10"
+            record = {"file_name": name, "gsd": [10.0 + i, 9.0 + i % 5], "timestamp": when, "location": place}
+            record |= {"country_code": ("PER", "FRA", "KEN")[i % 3], "cloud_cover": i, "area": f"a{i // 2}"}
+            record |= {"label_kind": kind, **WRONG_VALUES.get(i % 10, {})}
+            if i % 10 == 7:
+                del record["label_kind"], record["location"]
+            records.append(record)
+        (folder / split / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def checkpoint(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network():
+    """Nothing here may reach beyond this machine."""
+    torch.set_num_threads(1)  # these networks are tiny: threads would only wait for each other
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost"), (
+            f"connects to {address}"
+        )
+        return connect(self, address)
+
+    socket.socket.connect = guarded
+    yield
+    socket.socket.connect = connect
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+TINY = (
+    "--vit vit_micro --image-size 32 --patch-size 16 --metadata-width 32 --metadata-layers 1 --mlp-hidden 64 "
+    "--batch-size 16 --epochs 2 --workers 0 --eval-every 1 --base-lr 0.01"
+).split()
+RUNS = {  # together they use every method, encoder and switch
+    "simclr": "--method simclr --augment crop --same-view-negatives",
+    "satmip": "--method satmip --metadata-encoder text",
+    "satmips": "--method satmips --metadata-encoder text",
+    "table": "--method satmips --metadata-encoder table --fields all --decouple-views",
+}
+
+
+@pytest.fixture(scope="session")
+def run(dataset, tmp_path_factory):
+    """Name in RUNS -> folder of that finished run; each is trained once, when first asked for."""
+    folders = {}
+
+    def finished(name: str) -> Path:
+        if name not in folders:
+            folder = tmp_path_factory.mktemp(name)
+            train.main([*TINY, "--data", str(dataset), "--output", str(folder), *RUNS[name].split()])
+            folders[name] = folder
+        return folders[name]
+
+    return finished
+
+
+# -----------------------------------------------------------------------------------------------------
+# metadata: the tokenizer
+
+CLIP_IDS = {  # ids of CLIP's own tokenizer
+    "a diagram": [320, 22697],
+    "a dog": [320, 1929],
+    "a cat": [320, 2368],
+    "": [],
+    "Hello,   WORLD!\n\t": [3306, 267, 1002, 256],
+    "\U0001f6f0\ufe0f satellite \U0001f30d": [11306, 34777, 10316, 18641],
+    "cafe\u0301 na\xefve \xc5NGSTR\xd6M": [15304, 1097, 35689, 563, 23176, 10352, 807, 7255, 332],
+    "\u4eba\u5de5\u885b\u661f \uc704\uc131": [36839, 161, 115, 98, 164, 94, 249, 42891, 509, 20909, 226, 15074, 365],
+    "&lt;3 &amp;amp; 5&nbsp;km": [283, 274, 261, 276, 4590],
+    "it's we're I'LL don't he'd": [585, 568, 649, 982, 328, 1342, 847, 713, 797, 1896],
+    "\u201cquotes\u201d \u2018n\u2019 it\u2019s": [257, 5808, 257, 262, 333, 262, 585, 568],
+    "a\x00b\x1b[31mred\x7f": [596, 736],
+    "\xbd \xb2 \u2167 2015-09": [33613, 41175, 158, 227, 371, 273, 271, 272, 276, 268, 271, 280],
+    "\u0130stanbul \u1e9etra\xdfe \u01c5": [328, 16384, 11231, 127, 253, 752, 127, 253, 324, 67, 129, 378],
+    "sch\xc3\xb6n &eacute;": [844, 7255, 333, 4166],
+    "\ufb01 \uff26\uff55\uff4c\uff4c": [3589, 1476],
+    "_foo__bar--": [318, 23435, 3838, 2411, 2432],
+    "\u0928\u092e\u0938\u094d\u0924\u0947": [3124, 101, 48254, 28505, 19389, 27263, 25130],
+    "\u200b\xa0x\u2028y": [9844, 343, 344],
+    "<|endoftext|> a <|startoftext|>": [49407, 320, 49406],
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer()
+
+
+@pytest.mark.parametrize("text", CLIP_IDS)
+def test_token_ids_are_clips(tokenizer, text):
+    """Known strings, from plain words to emoji, CJK and control characters, have CLIP's ids."""
+    assert tokenizer.encode(text) == CLIP_IDS[text]
+
+
+def test_tokenizer_equals_a_slow_transcription(tokenizer):
+    """Byte-pair encoding one pair at a time, written apart from the code, gives the same ids on random Unicode."""
+    merges = [tuple(line.split()) for line in gzip.open(metadata.VOCABULARY, "rt").read().split("\n")[1:48895]]
+    rank = {pair: i for i, pair in enumerate(merges)}
+    letters = {b: chr(b) for b in range(256) if chr(b).isprintable() and b != 32}
+    letters |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in letters)}
+    ends = [c + "</w>" for c in letters.values()]
+    ids = {symbol: i for i, symbol in enumerate([*letters.values(), *ends, *map("".join, merges)])}
+    word = regex.compile(r"'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+
+    def slow(text: str) -> list[int]:
+        result, text = [], html.unescape(html.unescape(ftfy.fix_text(text)))
+        for found in word.findall(" ".join(text.split()).lower()):
+            parts = [letters[b] for b in found.encode()]
+            parts[-1] += "</w>"
+            while any(pair in rank for pair in zip(parts, parts[1:])):
+                i = min(range(len(parts) - 1), key=lambda i: rank.get((parts[i], parts[i + 1]), math.inf))
+                parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            result += [ids[part] for part in parts]
+        return result
+
+    rng = random.Random(0)
+    ranges = [(32, 127)] * 3 + [(0, 0x300), (0x300, 0x3000), (0x3000, 0xD800), (0xE000, 0x10FFFF)]
+    for _ in range(300):
+        text = "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(40)))
+        assert tokenizer.encode(text) == slow(text), ascii(text)
+
+
+def test_batches_of_tokens(tokenizer):
+    """uint16 rows with start, end and padding 0; a single caption is a row too; the end survives truncation."""
+    ids, lengths = tokenizer(["a cat", "hello world a diagram"])
+    rows = [[49406, 320, 2368, 49407, 0, 0], [49406, 3306, 1002, 320, 22697, 49407]]
+    assert ids.dtype == np.uint16 and ids.tolist() == rows and lengths.tolist() == [4, 6]
+    ids, lengths = tokenizer(["hello world a diagram"], context=4)
+    assert ids.tolist() == [[49406, 3306, 1002, 49407]] and lengths.tolist() == [4]
+    assert tokenizer([""], context=77)[0].tolist() == [[49406, 49407]]
+
+
+# -----------------------------------------------------------------------------------------------------
+# metadata: values, captions, tables
+
+
+def test_captions_are_the_posters(tokenizer):
+    """All 15 fields as the poster prints them, 207 tokens; the three defaults are 67; the order is as asked for."""
+    assert len(ALL) == 15 and caption(POSTER, ALL) == (
+        "gsd: [11.4546, 9.1344], multispectral_gsd: 41.1896, pixel_size: [1.03e-04, 8.23e-05], "
+        "timestamp: 2015-09-21T15:30:08Z, location: [-73.310776, -3.785814], utm_zone: 18M, country_code: PER, "
+        "cloud_cover: 14, scan_direction: Reverse, wavelengths: [661, 545, 477], target_azimuth_angle: 39.12, "
+        "sun_azimuth_angle: 77.28, sun_elevation_angle: 70.44, off_nadir_angle: 27.70, sensor_platform: GEOEYE01"
+    )
+    assert [len(tokenizer.encode(caption(POSTER, fields))) for fields in (ALL, DEFAULT)] == [207, 67]
+    assert caption(POSTER, parse_fields("utm_zone, gsd")) == "utm_zone: 18M, gsd: [11.4546, 9.1344]"
+    assert caption({"gsd": 7}, DEFAULT) == "gsd: [7.0000, 7.0000]" and caption({}, ALL) == ""
+
+
+MALFORMED = {
+    "gsd": [[1], [1, 2, 3], [1, None], [0, 1], [[1], 2], "1,2", 0, -1, {"x": 1, "y": 2}, [True, 1]],
+    "multispectral_gsd": [[1], 0, "1 m", 10**400],
+    "pixel_size": [[1e-4, math.inf], ["a", "b"]],
+    "timestamp": [
+        "2004-13-01", "2004-00", "2004-10-00", "2004-02-30", "2004-10-", "10/2004", "20041001", 2004, ["2004"],
+        "2015-09-21T25:00", "2015-09-21T15:61", "2015-09-21T15:30:61Z", "2015-09-21T15:30:08+99:99", "0000-01",
+    ],
+    "location": [[181, 0], [-181, 0], [0, 91], [0, -90.1], [None, 1], [1, nan], "12,41", 12, [1, 2, 3], {}],
+    "country_code": ["  ", ["PER"], 1.5, {"a": 1}, "\ud800", "A\udfffB"],
+    "cloud_cover": [-1, 101, [14], "cloudy"],
+    "wavelengths": [[661, 545], [661, 545, -1], 661],
+    "sun_elevation_angle": [91, -91],
+    "sun_azimuth_angle": [361],
+}  # fmt: skip
+BAD_VALUES = [(name, bad) for name, values in MALFORMED.items() for bad in values]
+BAD_VALUES += [(f.name, bad) for f in ALL for bad in (None, "", nan, math.inf, -math.inf, True, False, [], {})]
+BAD_VALUES += [(f.name, bad) for f in ALL if f.kind != "category" for bad in ("abc", "nan", "inf")]
+
+
+@pytest.mark.parametrize("name, bad", BAD_VALUES, ids=[f"{name}-{ascii(bad)[:26]}" for name, bad in BAD_VALUES])
+def test_malformed_values_are_missing(name, bad):
+    """A bad value is left out of the caption and empty in the table, as if absent; other fields stay as they are."""
+    (field,), rest = parse_fields(name), tuple(field for field in ALL if field.name != name)
+    assert caption({**POSTER, name: bad}, ALL) == caption(POSTER, rest)
+    numbers, categories = table_row({**POSTER, name: bad}, (field,))
+    assert len(numbers) == len(metadata.number_columns((field,))) and all(map(math.isnan, numbers))
+    assert categories == [None] * (field.kind == "category")
+
+
+TIMES = {
+    "2015-09-21T15:30:08Z": [2015, 9, 21, 15, 0],
+    " 2015-09-21 15:30 ": [2015, 9, 21, 15, 0],
+    "2015-09-21T15:30:08.123456Z": [2015, 9, 21, 15, 0],
+    "2004": [2004, nan, nan, nan, nan],
+    "2004-10": [2004, 10, nan, nan, nan],
+    "2004-10-05": [2004, 10, 5, nan, 1],
+    "2015-01-01T00:30:00+02:00": [2014, 12, 31, 22, 2],
+    "2014-12-31T20:30:00-0500": [2015, 1, 1, 1, 3],
+    "2016-12-31T23:59:60Z": [2016, 12, 31, 23, 5],
+    "2000-02-29": [2000, 2, 29, nan, 1],
+}
+
+
+@pytest.mark.parametrize("text", TIMES)
+def test_timestamps(text):
+    """Year, month, day, hour, weekday in UTC; a date may stop early; a leap second is a time."""
+    np.testing.assert_equal(parse_timestamp(text), TIMES[text])
+
+
+def test_schema_is_fitted_on_the_known_training_values():
+    """Standardised with the training split's statistics; NaN stays NaN; missing is row 0, unknown row 1."""
+    fields = parse_fields("cloud_cover,location,country_code")
+    training = [("10", [5, 1], "B"), (30, None, "A"), (None, [5, " 3 "], None), (20, [5, 2], "A")]
+
+    def read(rows: list[tuple]) -> tuple[np.ndarray, list]:
+        table = data.tabulate([dict(zip([f.name for f in fields], row)) for row in rows], fields, captions=False)
+        return table.numbers, table.categories
+
+    schema, a, b = TableSchema.fit(fields, *read(training)), (200 / 3) ** 0.5, (2 / 3) ** 0.5
+    assert schema.numbers == ["cloud_cover", "location_longitude", "location_latitude"]
+    assert schema.categories == {"country_code": ["A", "B"]}
+    np.testing.assert_allclose([schema.mean, schema.std], [[20, 5, 2], [a, 1, b]])
+    numbers, categories = schema.encode(*read([*training, (40, [6, 4], "C")]))
+    expected = [[-10 / a, 0, -1 / b], [10 / a, nan, nan], [nan, 0, 1 / b], [0, 0, 0], [20 / a, 1, 2 / b]]
+    np.testing.assert_allclose(numbers, expected, rtol=1e-6)
+    assert categories.tolist() == [[3], [2], [0], [2], [1]]
+
+
+@pytest.mark.parametrize("kind", ["text", "table"])
+@torch.no_grad()
+def test_a_missing_value_concerns_its_own_row_only(kind):
+    """Any field of any row gone: that row's embedding changes, no other does; missing is not the mean, nor zero."""
+    records = [dict(POSTER, cloud_cover=i, country_code=c, gsd=[1 + i, 2]) for i, c in enumerate("ABCABC")]
+    batches = [records, [{**POSTER, "cloud_cover": value} for value in (2.5, 0, None)] * 2]
+    for i, field in enumerate(ALL):
+        batches.append([{**r, field.name: None} if row == i % 6 else r for row, r in enumerate(records)])
+    table = data.tabulate(records, ALL, captions=False)
+    schema = TableSchema.fit(ALL, table.numbers, table.categories)
+    read = data.Metadata(data.tabulate(sum(batches, []), ALL, captions=True), kind, schema)
+    sizes = len(schema.numbers), [len(values) + 2 for values in schema.categories.values()]
+    encoder = model.TextTransformer(49408, 256, 32, 2, 4) if kind == "text" else model.FTTransformer(*sizes, 32, 2, 4)
+    randomise(encoder)
+    rows = data.in_order(6 * len(batches), 6)
+    before, (mean, zero, missing, *_), *changed = (encoder(*read.batch(r, torch.device("cpu"))) for r in rows)
+    for i, after in enumerate(changed):
+        difference = (after - before).abs().amax(1)
+        assert difference[i % 6] > 1e-3 and difference[torch.arange(6) != i % 6].max() < 1e-5, ALL[i].name
+    assert worst(mean, missing) > 1e-3 and worst(zero, missing) > 1e-3
+
+
+# -----------------------------------------------------------------------------------------------------
+# model
+
+
+def test_parameter_counts():
+    """ViT-S/16, the text and table blocks, SLIP's head and the projections, counted by hand."""
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    sizes = dict(metadata_encoder="table", metadata_width=192, numbers=9, categories=(4,), image_image=True)
+    with torch.device("meta"):
+        table = model.SatMIP(model.ModelConfig(**sizes))
+        text = model.SatMIP(model.ModelConfig(metadata_encoder="text"))
+    small, wide = (12 * w**2 + 13 * w for w in (384, 512))  # a block: qkv, proj, two layers of 4 w, two norms
+    assert count(table.image_encoder) == 12 * small + 769 * 384 + 384 + 197 * 384 + 2 * 384 == 21_665_664
+    assert count(text.metadata_encoder.blocks) == 3 * wide == 9_457_152
+    assert count(text.metadata_encoder) == 9_457_152 + (49408 + 77 + 2) * 512
+    reglu = 4 * 192 * 193 + 193 * 512 + 257 * 192 + 4 * 192  # hidden width 4/3 of 192
+    assert count(table.metadata_encoder.blocks) == 3 * reglu - 2 * 192 == 891_072, "the first block has no first norm"
+    assert count(table.metadata_encoder) == 891_072 + 192 * (1 + 9 + 10 + 9 + 4) + 2 * 192
+    assert count(table.image_mlp) == 385 * 4096 + 4097 * 4096 + 4 * 4096 + 4097 * 256 == 19_423_488
+    projections = table.image_projection, text.metadata_projection, table.metadata_projection
+    assert [count(p) for p in projections] == [196_608, 262_144, 98_304]
+
+
+def test_vit_has_timms_names_and_shapes():
+    """Foreign ViT-S weights load by name: the state dict is timm's."""
+    with torch.device("meta"):
+        own = {k: tuple(v.shape) for k, v in model.ViT(224, 16, *model.VITS["vit_small"]).state_dict().items()}
+    block = {
+        "norm1.weight": (384,), "norm1.bias": (384,), "attn.qkv.weight": (1152, 384), "attn.qkv.bias": (1152,),
+        "attn.proj.weight": (384, 384), "attn.proj.bias": (384,), "norm2.weight": (384,), "norm2.bias": (384,),
+        "mlp.fc1.weight": (1536, 384), "mlp.fc1.bias": (1536,), "mlp.fc2.weight": (384, 1536), "mlp.fc2.bias": (384,),
+    }  # fmt: skip
+    timm = {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384), "norm.weight": (384,), "norm.bias": (384,)}
+    timm |= {"patch_embed.proj.weight": (384, 3, 16, 16), "patch_embed.proj.bias": (384,)}
+    assert own == timm | {f"blocks.{i}.{name}": shape for i in range(12) for name, shape in block.items()}
+
+
+def slow_blocks(encoder, x: torch.Tensor, epsilon: float, heads: int) -> torch.Tensor:
+    """One sample's tokens [L, D] through every block in full, attention as written in books -> CLS row [D]."""
+
+    def norm(layer, x):
+        scaled = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + epsilon).sqrt()
+        return layer.weight * scaled + layer.bias
+
+    linear = lambda layer, x: x @ layer.weight.T + layer.bias  # noqa: E731
+    for i, block in enumerate(encoder.blocks):
+        table = isinstance(encoder, model.FTTransformer)
+        q, k, v = linear(block.attn.qkv, x if table and i == 0 else norm(block.norm1, x)).chunk(3, dim=1)
+        mixed = []
+        for a, b, c in zip(q.chunk(heads, dim=1), k.chunk(heads, dim=1), v.chunk(heads, dim=1)):
+            weights = torch.exp(a @ b.T / math.sqrt(a.shape[1]))
+            mixed.append(weights / weights.sum(1, keepdim=True) @ c)
+        x = x + linear(block.attn.proj, torch.cat(mixed, dim=1))
+        hidden = linear(block.mlp.fc1, norm(block.norm2, x))
+        if table:
+            a, b = hidden.chunk(2, dim=1)
+            hidden = a * b.clamp(min=0)
+        else:
+            hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+        x = x + linear(block.mlp.fc2, hidden)
+    return norm(encoder.norm, x)[0]
+
+
+@torch.no_grad()
+def test_vit_equals_a_slow_transcription():
+    """Patches in reading order, explicit softmax attention, all tokens through the last block."""
+    vit = randomise(model.ViT(32, 16, 24, 3, 4)).double()
+    images = torch.randn(3, 3, 32, 32).double()
+    for image, out in zip(images, vit(images)):
+        patches = torch.stack([image[:, y : y + 16, x : x + 16].flatten() for y in (0, 16) for x in (0, 16)])
+        tokens = patches @ vit.patch_embed.proj.weight.flatten(1).T + vit.patch_embed.proj.bias
+        assert worst(out, slow_blocks(vit, torch.cat([vit.cls_token[0], tokens]) + vit.pos_embed[0], 1e-6, 4)) < 1e-9
+
+
+@torch.no_grad()
+def test_text_encoder_equals_a_slow_transcription_without_padding():
+    """Padding, however long and whatever stands in it, changes nothing; every token is seen, the last one too."""
+    text = randomise(model.TextTransformer(100, 20, 24, 3, 4)).double()
+    captions = [[98, 5, 6, 99], [98, 7, 99], [98, 8, 9, 10, 11, 12, 99]]
+    lengths = torch.tensor([len(c) for c in captions])
+    inputs = [text.token_embedding.weight[c] + text.pos_embed[: len(c)] for c in captions]
+    expected = torch.stack([slow_blocks(text, x, 1e-5, 4) for x in inputs])
+    for L in (7, 12, 20):
+        tokens = torch.randint(0, 100, (3, L))  # garbage beyond each caption
+        for row, c in zip(tokens, captions):
+            row[: len(c)] = torch.tensor(c)
+        assert worst(text(tokens, lengths), expected) < 1e-9
+    tokens[2, 6] = 50
+    assert worst(text(tokens, lengths)[2], expected[2]) > 1e-3, "the first token sees the last"
+
+
+def test_padding_receives_no_gradient():
+    """Neither the embedding of a padding token nor positions beyond the captions learn."""
+    text = randomise(model.TextTransformer(100, 20, 24, 2, 4))
+    text(torch.tensor([[98, 5, 99, 0, 0], [98, 6, 99, 1, 2]]), torch.tensor([3, 3])).square().sum().backward()
+    tokens, positions = text.token_embedding.weight.grad.abs().amax(1), text.pos_embed.grad.abs().amax(1)
+    assert not tokens[:3].any() and not positions[3:].any() and tokens[[98, 5, 6, 99]].all() and positions[:3].all()
+
+
+@torch.no_grad()
+def test_table_encoder_equals_a_slow_transcription():
+    """x_j W_j + b_j, missing_j + b_j where x_j is missing, an embedding + b_j for categories; ReGLU, no first norm."""
+    table = randomise(model.FTTransformer(3, [4, 5], 24, 2, 4)).double()
+    numbers, categories = torch.tensor([[0.5, nan, -2.0], [nan, 0.0, 1.0]]).double(), torch.tensor([[0, 4], [3, 1]])
+    for x, c, out in zip(numbers, categories, table(numbers, categories)):
+        tokens = [table.missing[j] if x[j].isnan() else x[j] * table.weight[j] for j in range(3)]
+        tokens += [embedding.weight[i] for embedding, i in zip(table.embeddings, c)]
+        x = torch.stack([table.cls_token[0, 0], *(t + b for t, b in zip(tokens, table.bias))])
+        assert worst(out, slow_blocks(table, x, 1e-5, 4)) < 1e-9
+
+
+@torch.no_grad()
+def test_positions_follow_the_image_size():
+    """At another size the grid of positions is resampled, rows as rows, columns as columns; CLS keeps its own."""
+    vit = model.ViT(64, 16, 8, 1, 2)
+    vit.pos_embed[0, 1:] = torch.arange(4.0).repeat(4)[:, None]  # grows along columns only
+    assert vit.positions(4, 4) is vit.pos_embed
+    cls, grid = vit.positions(3, 8)[0].split([1, 24])
+    grid = grid[:, 0].view(3, 8)
+    assert torch.equal(cls, vit.pos_embed[0, :1]) and worst(grid, grid[:1].expand(3, 8)) < 1e-5
+    assert (grid[0].diff() > 0).all() and abs(grid.mean() - 1.5) < 0.01
+    assert vit(torch.randn(2, 3, 48, 128)).shape == (2, 8)
+
+
+@pytest.mark.parametrize("meets", [[{"image", "first"}, {"second"}], [{"image"}, {"first"}, {"second"}]], ids=len)
+@torch.no_grad()
+def test_view_coupling(meets):
+    """The first view meets the metadata, the last two each other: two share the first, three are apart."""
+    m = small_model().eval()
+    x, meta = small_batch(4, len(meets))
+    before = m(x, meta)._asdict()
+    for view, affected in enumerate(meets):
+        after = m(x + torch.eye(len(meets))[view][:, None, None, None, None], meta)._asdict()
+        assert {name for name, value in after.items() if worst(value, before[name]) > 1e-4} == affected
+    metadata_features, project = m.metadata_encoder(*meta), lambda head, x: F.normalize(x @ head.weight.T, dim=1)
+    assert worst(before["image"], project(m.image_projection, m.image_encoder(x[0]))) < 1e-5
+    assert worst(before["metadata"], project(m.metadata_projection, metadata_features)) < 1e-5
+    assert worst(before["second"], F.normalize(m.image_mlp(m.image_encoder(x[-1])), dim=1)) < 1e-5
+
+
+def test_each_method_has_its_own_parts_only():
+    """SimCLR has no metadata encoder, SatMIP no SimCLR head, and neither gives what it lacks."""
+    x, meta = small_batch(4)
+    simclr, satmip = small_model("none"), small_model(image_image=False)
+    assert {name.split(".")[0] for name, _ in simclr.named_parameters()} == {"image_encoder", "image_mlp"}
+    assert "image_mlp" not in {name.split(".")[0] for name, _ in satmip.named_parameters()}
+    assert [v is None for v in simclr(x, None)] == [True, True, False, False, True]
+    assert [v is None for v in satmip(x[:1], meta)] == [False, False, True, True, False]
+
+
+@pytest.mark.parametrize("encoder", ["text", "table"])
+def test_weight_decay_spares_biases_norms_and_the_temperature(encoder):
+    """Each parameter is in one group; positions, tokens and embeddings do decay."""
+    m = small_model(encoder, vocabulary=50)
+    name_of = {id(p): name for name, p in m.named_parameters()}
+    groups = model.parameter_groups(m, 0.3)
+    decayed, plain = ([name_of[id(p)] for p in group["params"]] for group in groups)
+    assert [g["weight_decay"] for g in groups] == [0.3, 0] and sorted(decayed + plain) == sorted(name_of.values())
+    spared = regex.compile(r"bias$|norm|logit_scale|image_mlp\.[14]\.")
+    assert set(plain) == {name for name in name_of.values() if spared.search(name)}
+
+
+# -----------------------------------------------------------------------------------------------------
+# losses, alone
+
+
+def slow_contrast(a, b, scale: float, others=()) -> float:
+    """Eq. 1, term by term."""
+    total, similarity = 0.0, lambda x, y: math.exp(scale * sum(float(p) * float(q) for p, q in zip(x, y)))
+    for i in range(len(a)):
+        terms = [similarity(a[i], row) for row in b]
+        total -= math.log(
+            terms[i] / (sum(terms) + sum(similarity(a[i], row) for k, row in enumerate(others) if k != i))
+        )
+    return total / len(a)
+
+
+def test_losses_equal_loops_over_the_papers_equations():
+    """Eq. 2, 3 (with K and with 2K-1 terms) and 4, and the share of rows that find their partner."""
+    torch.manual_seed(0)
+    K, base = 7, torch.randn(7, 8)
+    image, meta, first, second = (F.normalize(base + 1.5 * torch.randn(K, 8), dim=1) for _ in range(4))
+    mi = losses.metadata_image_loss(image, meta, torch.tensor(14.0))
+    assert abs(mi.loss - (slow_contrast(image, meta, 14) + slow_contrast(meta, image, 14)) / 2) < 1e-5
+    found = [max(range(K), key=lambda j: a[i] @ b[j]) == i for a, b in ((image, meta), (meta, image)) for i in range(K)]
+    assert 0 < sum(found) < 2 * K and abs(mi.accuracy - sum(found) / (2 * K)) < 1e-6
+    ii = losses.image_image_loss(first, second, 0.2)
+    assert abs(ii.loss - (slow_contrast(first, second, 5) + slow_contrast(second, first, 5)) / 2) < 1e-5
+    more = losses.image_image_loss(first, second, 0.2, same_view_negatives=True)
+    both = slow_contrast(first, second, 5, others=first) + slow_contrast(second, first, 5, others=second)
+    assert abs(more.loss - both / 2) < 1e-5 and more.loss > ii.loss
+    assert abs(losses.total_loss(mi, ii, 0.3) - (mi.loss + 0.3 * ii.loss)) < 1e-6
+    assert losses.total_loss(mi, None) == mi.loss and losses.total_loss(None, ii, 0.3) == ii.loss
+
+
+@pytest.mark.parametrize("K", [2, 16])
+def test_closed_forms(K):
+    """No information costs log K (log(2K-1) with same-view negatives); perfect separation costs nothing."""
+    same, apart, scale = torch.eye(32)[:1].expand(K, -1), torch.eye(32)[:K], torch.tensor(100.0)
+    assert abs(losses.metadata_image_loss(same, same, scale).loss - math.log(K)) < 1e-5
+    assert abs(losses.image_image_loss(same, same).loss - math.log(K)) < 1e-5
+    assert abs(losses.image_image_loss(same, same, 0.1, True).loss - math.log(2 * K - 1)) < 1e-5
+    for matching in (
+        losses.metadata_image_loss(apart, apart, scale),
+        losses.image_image_loss(apart, apart, 0.01, True),
+    ):
+        assert matching.loss < 1e-5 and matching.accuracy == 1
+
+
+# -----------------------------------------------------------------------------------------------------
+# losses and model on several processes
+
+CASES = ({}, {"same_view_negatives": True}, {"detached": True})
+
+
+def global_step(rank: int, world: int, same_view_negatives: bool = False, detached: bool = False) -> dict:
+    """One SatMIPS step of this process's rows of a batch of 8 -> loss, gradients and statistics of the whole batch."""
+    m = small_model().train()
+    network = torch.nn.parallel.DistributedDataParallel(m, broadcast_buffers=False) if dist.is_initialized() else m
+    (views, meta), rows = small_batch(8), slice(rank * 8 // world, (rank + 1) * 8 // world)
+    gather = losses.gather
+    if detached:  # what SLIP does: other processes' rows come without gradient
+        losses.gather = lambda x: gather(x.detach())
+    config = train.Config(same_view_negatives=same_view_negatives)
+    loss, logged = train.compute_losses(network(views[:, rows], [a[rows] for a in meta]), config)
+    losses.gather = gather
+    loss.backward()
+    means = torch.stack([v.detach() for v in logged.values()]) / world
+    if dist.is_initialized():
+        dist.all_reduce(means)
+    gradients = {name: p.grad for name, p in m.named_parameters()}
+    return {"logged": {"means": means}, "buffers": dict(m.named_buffers()), "gradients": gradients}
+
+
+def process(rank: int, world: int, folder: str) -> None:
+    """What each process does; the last one writes down what it got."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    results = [global_step(rank, world, **case) for case in CASES]
+    if rank == world - 1:
+        torch.save(results, f"{folder}/results.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_together_equal_one_on_the_whole_batch(world, tmp_path):
+    """Losses, every parameter's gradient and BatchNorm's statistics; a gather that loses its gradient is seen."""
+    multiprocessing.set_forkserver_preload(["test_all"])  # imports once, not once a process
+    mp.start_processes(process, (world, str(tmp_path)), nprocs=world, start_method="forkserver")
+    *results, detached = torch.load(tmp_path / "results.pt")
+    for case, result in zip(CASES, results):
+        for part, values in global_step(0, 1, **case).items():
+            assert result[part].keys() == values.keys() and values
+            for name, value in values.items():
+                assert worst(result[part][name], value) < 2e-6 + 1e-5 * value.abs().max(), name
+    right, wrong = (r["gradients"]["image_projection.weight"] for r in (results[0], detached))
+    assert worst(right, wrong) > 0.1 * right.abs().max()
+
+
+# -----------------------------------------------------------------------------------------------------
+# data: reading and order
+
+
+def test_a_split_is_read_as_it_stands(dataset):
+    """Names, captions, labels and records of every row; labels that a row lacks are None; pixels and statistics."""
+    records = json_lines(dataset / "train" / "metadata.jsonl")
+    split = data.read_split(dataset / "train", DEFAULT, captions=True)
+    assert [split.names[i] for i in range(len(split))] == [r["file_name"] for r in records]
+    assert [split.record(i) for i in range(48)] == records
+    assert split.table.captions == [caption(r, DEFAULT) for r in records]
+    labels = [r.get("label_kind") for r in records]
+    classes, (ids,) = data.class_ids("label_kind", split)
+    assert split.labels == {"label_kind": labels} and classes == sorted(COLOURS) and None in labels
+    assert [classes[i] if i >= 0 else None for i in ids] == labels
+    pixels = np.concatenate([np.asarray(Image.open(dataset / "train" / r["file_name"])) for r in records]) / 255
+    mean, std = data.channel_statistics(split, 32, 0)
+    assert worst(mean, pixels.mean((0, 1))) < 1e-9 and worst(std, pixels.std((0, 1))) < 1e-9
+    x = data.standardise(torch.from_numpy(pixels).permute(2, 0, 1), mean, std)
+    assert x.mean((1, 2)).abs().max() < 1e-5 and worst(x.std((1, 2), correction=0), torch.ones(3)) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "LA", "P", "CMYK", "1"])
+def test_images_of_other_modes_and_sizes(mode, tmp_path):
+    """Anything of 8 bits becomes RGB of the size asked for, as Pillow does it."""
+    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
+    Image.fromarray(images_of(1, 50)[0].numpy()).convert("L" if mode == "LA" else "RGB").convert(mode).save(path)
+    expected = np.asarray(Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR))
+    assert np.array_equal(data.load_image(path, 32), expected) and expected.std() > 1
+
+
+def test_order():
+    """Each row at most once an epoch; epochs and seeds differ; processes share the batches; a restart goes on."""
+    order = lambda start=0, seed=0, *share: [b.tolist() for b in data.Order(50, 8, start, 12, seed, *share or (0, 1))]  # noqa: E731
+    batches = order()
+    epochs = [sum(batches[:6], []), sum(batches[6:], [])]
+    assert [len(b) for b in batches] == [8] * 12 and epochs[0] != epochs[1] and order(0, 1) != batches
+    assert all(len(set(epoch)) == 48 and set(epoch) <= set(range(50)) for epoch in epochs)
+    assert [a + b for a, b in zip(order(0, 0, 0, 2), order(0, 0, 1, 2), strict=True)] == batches
+    assert all(order(start) == batches[start:] for start in (1, 6, 8))
+    assert torch.cat(data.in_order(10, 4)).tolist() == list(range(10))
+
+
+# -----------------------------------------------------------------------------------------------------
+# data: augmentation
+
+
+def fixed(n: int, **parameters) -> data.Draws:
+    """Parameters for n images of 64 px that do nothing, but for those given."""
+    same = {"box": np.tile([0.0, 0, 64, 64], (n, 1)), "flip": np.zeros((n, 2), bool), "transpose": np.zeros(n, bool)}
+    same |= {"factors": np.tile([1.0, 1, 1, 0], (n, 1)), "order": np.tile(np.arange(4), (n, 1))}
+    same |= {"gray": np.zeros(n, bool), "sigma": np.zeros(n)}
+    return data.Draws(**same | {name: np.array(value) for name, value in parameters.items()})
+
+
+JITTER = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+BOXES = [[3, 5, 40, 30], [0, 0, 64, 64], [10, 20, 33, 44], [61, 60, 2, 3]]
+FACTORS = [[1.3, 0.7, 1.2, 0.08], [0.6, 1.4, 0.7, -0.1], [1, 1.2, 1, 0.05], [1.1, 1, 0.6, 0]]
+FLIPS = list(itertools.product([False, True], repeat=3))
+AUGMENTATIONS = {  # name -> size of the view, parameters
+    "nothing": (64, fixed(1)),
+    "crops": (48, fixed(4, box=BOXES)),
+    "magnified": (224, fixed(4, box=BOXES)),
+    "flips": (64, fixed(8, flip=[f[:2] for f in FLIPS], transpose=[f[2] for f in FLIPS])),
+    "jitter": (64, fixed(24, factors=FACTORS * 6, order=data.ORDERS)),
+    "gray": (64, fixed(3, gray=[True, False, True])),
+    "blur": (64, fixed(4, sigma=[0.1, 0.5, 0, 2])),
+    "blur at 224": (224, fixed(3, sigma=[0.1, 1, 2])),
+    **{name: (32, data.draw(policy, 64, 0, 0, np.arange(70), 0)) for name, policy in data.POLICIES.items()},
+}
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentation_equals_torchvision(name):
+    """With the same parameters, each operation alone and all of them together give torchvision's pixels."""
+    size, d = AUGMENTATIONS[name]
+    images = images_of(len(d.gray), 64)
+    for i, (x, out) in enumerate(zip(images, data.augment(images, d, size), strict=True)):
+        x = TF.resized_crop(x.permute(2, 0, 1) / 255, *map(int, d.box[i]), [size, size], antialias=True)
+        x = TF.vflip(x) if d.flip[i][0] else x
+        x = TF.hflip(x) if d.flip[i][1] else x
+        x = x.transpose(1, 2) if d.transpose[i] else x
+        for operation in d.order[i]:
+            x = JITTER[operation](x, float(d.factors[i][operation]))
+        x = TF.rgb_to_grayscale(x, 3) if d.gray[i] else x
+        x = TF.gaussian_blur(x, 2 * (size // 20) + 1, float(d.sigma[i])) if d.sigma[i] else x
+        assert worst(out, x) < 2e-5, i
+
+
+@pytest.mark.parametrize("vertical, horizontal, turn", FLIPS)
+def test_flips_and_turns_compose(vertical, horizontal, turn):
+    """Flips come first, then a turn by 90, 180 or 270 degrees, each as often."""
+    policy = data.Policy((1, 1), (1, 1), float(horizontal), float(vertical), float(turn), 0, (0, 0, 0, 0), 0, 0)
+    image = images_of(1, 16)
+    out = data.augment(image.expand(300, -1, -1, -1), data.draw(policy, 16, 0, 0, np.arange(300), 0), 16)
+    flipped = (image[0].permute(2, 0, 1) / 255).flip([axis for axis, on in ((1, vertical), (2, horizontal)) if on])
+    same = torch.stack([(out - torch.rot90(flipped, k, (1, 2))).abs().amax((1, 2, 3)) < 1e-5 for k in range(4)])
+    none, *turns = same.sum(1).tolist()
+    assert (same.sum(0) == 1).all() and none == (0 if turn else 300)
+    assert not turn or all(likely(count, 300, 1 / 3) for count in turns)
+
+
+def test_draws_have_the_papers_probabilities():
+    """Supplement B: jitter 0.8, gray 0.2, blur 0.5, all 8 orientations and 24 orders alike, ranges uniform."""
+    n = 20_000
+    d, crop = (data.draw(data.POLICIES[name], 64, 0, 0, np.arange(n), 0) for name in ("strong", "crop"))
+    jittered, blurred = (d.factors != [1, 1, 1, 0]).any(1), d.sigma > 0
+    assert likely(jittered.sum(), n, 0.8) and likely(d.gray.sum(), n, 0.2) and likely(blurred.sum(), n, 0.5)
+    for code, ways in ((d.flip @ [4, 2] + d.transpose, 8), (d.order @ [64, 16, 4, 1], 24)):
+        counts = np.unique(code, return_counts=True)[1]
+        assert len(counts) == ways and all(likely(c, n, 1 / ways) for c in counts)
+    ranges = [(d.sigma[blurred], 0.1, 2), (d.factors[jittered, 3], -0.1, 0.1)]
+    for values, low, high in ranges + [(d.factors[jittered, i], 0.6, 1.4) for i in range(3)]:
+        share = (values - low) / (high - low)
+        assert 0 <= share.min() < 0.01 and 0.99 < share.max() <= 1
+        assert abs(share.mean() - 1 / 2) < 0.02 and abs(share.std() - 12**-0.5) < 0.01
+    independent = np.corrcoef(np.c_[d.factors, d.gray, blurred, d.flip, d.transpose].T) - np.eye(9)
+    assert abs(independent).max() < 0.05
+    assert not any(x.any() for x in (crop.flip, crop.transpose, crop.gray, crop.sigma, crop.factors - [1, 1, 1, 0]))
+
+
+@pytest.mark.parametrize("policy", data.POLICIES)
+def test_crops_are_distributed_as_torchvisions(policy):
+    """Top, left, height, width and area of 4000 crops against RandomResizedCrop's (Kolmogorov-Smirnov)."""
+    p, n, image = data.POLICIES[policy], 4000, torch.empty(3, 64, 64)
+    torch.manual_seed(0)
+    theirs = np.array([RandomResizedCrop.get_params(image, p.scale, p.ratio) for _ in range(n)]).T
+    own = data.draw(p, 64, 0, 0, np.arange(n), 0).box.T
+    for a, b in [*zip(own, theirs), (own[2] * own[3], theirs[2] * theirs[3])]:
+        a, b, at = np.sort(a), np.sort(b), np.union1d(a, b)
+        gap = abs(np.searchsorted(a, at, "right") - np.searchsorted(b, at, "right")).max() / n
+        assert gap < 0.045  # larger once in 2000 times when the distributions agree
+
+
+def test_draws_belong_to_the_row():
+    """They depend on seed, epoch, row and view, each of them, and on nothing else in the batch."""
+
+    def draw(seed: int, epoch: int, rows: list[int], view: int) -> list[tuple]:
+        draws = data.draw(data.POLICIES["strong"], 64, seed, epoch, np.array(rows), view)
+        return [tuple(map(str, row)) for row in zip(*draws)]
+
+    together = draw(0, 3, [5, 9, 2], 1)
+    assert together == [draw(0, 3, [row], 1)[0] for row in (5, 9, 2)] and len(set(together)) == 3
+    assert not set(together) & {*draw(1, 3, [5], 1), *draw(0, 4, [5], 1), *draw(0, 3, [5], 0)}
+
+
+# -----------------------------------------------------------------------------------------------------
+# data: the embedded data
+
+
+def test_a_cut_averages_the_map_under_each_pixel():
+    """A constant map gives its value; one linear in latitude the value there; noise the mean of many samples."""
+    steps = np.arange(64) - 31.5
+    grid = data.local_grid(20, 40, 50, steps)
+    assert (data.cut(np.full((90, 180, 3), 77, np.uint8), grid, 50) == 77).all()
+    ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None], (256, 512, 3))
+    assert abs(data.cut(ramp, grid, 50) - ((90 - grid[1]) / 180 * 256 - 0.5)[..., None]).max() <= 1
+    noise, offsets = np.random.default_rng(0).integers(0, 256, (360, 720, 3), np.uint8), np.arange(-99.5, 100) / 200
+    for longitude, latitude, gsd in ((20, 40, 80), (179, -65, 120), (-100, 0, 200)):
+        grid, high = data.local_grid(longitude, latitude, gsd, steps), gsd / data.DEGREE
+        out = data.cut(noise, grid, gsd)
+        for i, j in ((0, 0), (10, 50), (31, 32), (63, 63)):
+            x, y = grid[0][i, j], grid[1][i, j]
+            points = np.meshgrid(x + offsets * high / math.cos(math.radians(y)), y + offsets * high)
+            assert worst(out[i, j], [data.lookup(noise[..., c], points).mean() for c in range(3)]) <= 1
+
+
+@pytest.fixture(scope="session")
+def areas() -> data.DemoAreas:
+    return data.DemoAreas(0)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    data.main(["demo", str(folder), "--train", "60", "--test", "12"])
+    return folder
+
+
+def test_demo_is_the_same_each_time(demo, areas, tmp_path, monkeypatch):
+    """The same bytes in every file; an existing folder is never touched."""
+    monkeypatch.setattr(data, "DemoAreas", lambda seed: areas)
+    data.prepare_demo(tmp_path / "again", 60, 12)
+    first, second = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*.*")} for f in (demo, tmp_path / "again"))
+    assert first == second and len(first) == 60 + 12 + 3 and list(demo.parent.iterdir()) == [demo]
+    with pytest.raises(BadInput, match="exists"):
+        data.prepare_demo(tmp_path / "again", 1, 1)
+
+
+def test_demo_records(demo):
+    """Every image has scale, place, month and area; October is marked inferred; coarse areas have three months."""
+    fine, coarse = {}, {}
+    for record in json_lines(demo / "train" / "metadata.jsonl") + json_lines(demo / "test" / "metadata.jsonl"):
+        assert {"file_name", "gsd", "location", "timestamp", "area"} <= record.keys()
+        assert record.get("timestamp_inferred", False) == (record["timestamp"] == "2004-10")
+        (coarse if record["gsd"][0] > 19_000 else fine).setdefault(record["area"], []).append(record["timestamp"])
+    assert set(map(tuple, fine.values())) == {("2004-10",)}
+    assert all(len(set(months)) == len(months) <= 3 for months in coarse.values()) and 3 in map(len, coarse.values())
+    assert {Image.open(path).size for path in demo.rglob("*.jpg")} == {(64, 64)}
+
+
+def test_no_training_crop_shows_a_held_out_block(demo, areas):
+    """Not one pixel of one, not even where a block's corner only just enters; test crops are centred in one."""
+    grazed = [(split, r) for area in (56636, 74994) for split, r, _ in areas.crops(area)]
+    for split, record in grazed + [(s, r) for s in ("train", "test") for r in json_lines(demo / s / "metadata.jsonl")]:
+        grid = data.local_grid(*record["location"], record["gsd"][0] / 1000, np.arange(64) - 31.5)
+        held_out = areas.held_out(*grid)
+        assert held_out[31, 31] if split == "test" else not held_out.any(), record["area"]
+
+
+# -----------------------------------------------------------------------------------------------------
+# evaluate
+
+
+@pytest.mark.parametrize("queries, classes, chunk", [(1, 3, 1024), (40, 200, 7), (40, 5, 1)])
+def test_knn_equals_a_loop(queries, classes, chunk):
+    """Votes exp(cosine / 0.07) of the k nearest, for every k, one query or many, in chunks of any size."""
+    rng, ks = np.random.default_rng(classes), (20, 1, 100, 5)
+    bank, labels, asked = rng.normal(size=(150, 6)), rng.integers(0, classes, 150), rng.normal(size=(queries, 6))
+    tensors = [torch.from_numpy(a) for a in (bank, labels, asked)]
+    expected = np.zeros((len(ks), queries))
+    for (row, k), (i, q) in itertools.product(enumerate(ks), enumerate(asked)):
+        votes, cosine = np.zeros(classes), bank @ q / np.linalg.norm(bank, axis=1) / np.linalg.norm(q)
+        for j in np.argsort(-cosine)[:k]:
+            votes[labels[j]] += math.exp(cosine[j] / 0.07)
+        expected[row, i] = votes.argmax()
+    assert np.array_equal(evaluate.knn(*tensors, classes, ks, chunk=chunk), expected)
+    with pytest.raises(ValueError, match="151"):
+        evaluate.knn(*tensors, classes, (1, 151))
+
+
+def test_linear_probe_reaches_the_optimum():
+    """On data that no plane separates the gradient vanishes and the loss is that of Newton's method in float64."""
+    torch.manual_seed(0)
+    x, noise = torch.randn(200, 4), torch.randint(3, (200,))
+    y = torch.where(torch.rand(200) < 0.5, (x[:, 0] > 0).long(), noise)
+    weight, bias, loss = evaluate.linear_probe(x, y, 3)
+    objective = lambda p: F.cross_entropy(x.double() @ p[:12].view(3, 4).T + p[12:], y)  # noqa: E731
+    gradient, hessian = torch.autograd.functional.jacobian, torch.autograd.functional.hessian
+    assert gradient(objective, torch.cat([weight.flatten(), bias]).double()).abs().max() < 1e-4
+    p = torch.zeros(15, dtype=torch.float64)
+    for _ in range(20):
+        p = p - torch.linalg.pinv(hessian(objective, p), hermitian=True, rtol=1e-10) @ gradient(objective, p)
+    assert abs(loss - objective(p)) < 1e-6 and 0.5 < loss < 1.05
+
+
+def test_scores_by_hand():
+    """Accuracy; macro-F1 over the classes that occur among predictions or truths."""
+    predicted, true = torch.tensor([0, 0, 1, 1, 2, 4]), torch.tensor([0, 1, 1, 1, 0, 0])
+    f1 = [2 * 1 / (2 + 3), 2 * 2 / (2 + 3), 0, 0]  # classes 0, 1, 2, 4; class 3 never occurs
+    assert evaluate.accuracy(predicted, true) == 0.5
+    assert abs(evaluate.macro_f1(predicted, true, 5) - sum(f1) / 4) < 1e-12
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear"])
+def test_rows_without_a_label_are_left_out(protocol):
+    """Unlabelled rows neither teach nor count, whatever their features."""
+    torch.manual_seed(0)
+    x, y, known = torch.randn(60, 5), torch.arange(60) % 3, torch.arange(60) % 2 == 0
+    x[:, 0] += y
+    spoilt = torch.where(known[:, None], x, 100.0), torch.where(known, y, -1)
+    clean = evaluate.score(protocol, (x[known],) * 2, (y[known],) * 2, 3)
+    assert evaluate.score(protocol, (spoilt[0],) * 2, (spoilt[1],) * 2, 3) == clean and clean[0]["train"] == 30
+
+
+def test_features_do_not_depend_on_the_batch(run, dataset):
+    """Batches of 5 or of 512 give the same features, in the order of the rows."""
+    pretrained, state = evaluate.load_pretrained(run("satmips") / "checkpoint.pt", torch.device("cpu"))
+    split = data.read_split(dataset / "train", pretrained.fields, captions=True)
+    statistics = state["channel_mean"], state["channel_std"]
+    few, many = (evaluate.extract(pretrained, split, statistics, "both", 32, 0, batch) for batch in (5, 512))
+    assert [x.shape for x in few.values()] == [(48, 128), (48, 32)]
+    assert all(worst(few[name], many[name]) < 1e-4 for name in ("image", "metadata"))
+
+
+def test_baselines(dataset):
+    """Histograms are unit vectors of 16 bins a channel; places lie on the sphere, rows without one at its centre."""
+    split = data.read_split(dataset / "test", DEFAULT)
+    rows, red = evaluate.histograms(split, 32, 0), data.load_image(split.folder / split.names[3], 32)[..., 0]
+    assert worst(rows[3, :16].square() * 3 * 32 * 32, np.histogram(red, 16, (0, 256))[0]) < 1e-2
+    points, (longitude, latitude) = evaluate.locations(split), np.radians(split.record(3)["location"])
+    assert worst(points.norm(dim=1), [0.0 if i % 10 in (6, 7) else 1.0 for i in range(16)]) < 1e-6
+    x, y = math.cos(longitude), math.sin(longitude)
+    assert worst(points[3], [x * math.cos(latitude), y * math.cos(latitude), math.sin(latitude)]) < 1e-6
+
+
+def test_table_of_results():
+    """A cell for each kind of features, label and protocol; seeds become mean and deviation; one k is shown."""
+    common = {"features": "image", "label": "label_kind", "protocol": "knn"}
+    results = [{**common, "seed": s, "accuracy": a, "k": k} for s, a in ((0, 0.5), (1, 0.6)) for k in (1, 20)]
+    results.append({**common, "features": "both", "protocol": "linear", "seed": 0, "accuracy": 0.25})
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in evaluate.format_table(results).splitlines()]
+    assert rows[0] == ["accuracy (%)", "kind kNN k=20", "kind linear"]
+    assert rows[2:] == [["image", "55.0 \xb1 7.1", "-"], ["both", "-", "25.0"]]
+
+
+# -----------------------------------------------------------------------------------------------------
+# train
+
+
+def test_presets():
+    """With --data the paper's settings, without it the demo's; what is given overrides both."""
+    paper, name = train.parse_config(["--data", "DIR"])
+    assert name == "paper" and (paper.vit, paper.image_size, paper.batch_size) == ("vit_small", 224, 1024)
+    assert (paper.metadata_encoder, paper.metadata_width, paper.epochs) == ("text", 512, 200)
+    assert train.parse_config(["--data", "DIR", "--metadata-encoder", "table"])[0].metadata_width == 192
+    demo, name = train.parse_config(["--epochs", "3"])
+    assert name == "demo" and {**dataclasses.asdict(demo), **train.DEMO, "epochs": 3} == dataclasses.asdict(demo)
+
+
+def test_learning_rate():
+    """1e-6 at step 0, linear to base_lr x batch / 256 after the warm-up, a cosine to 1e-5 at the end."""
+    config = train.Config(base_lr=2.0, batch_size=128, epochs=10, warmup_epochs=2)
+    rate = [train.learning_rate(config, step, 5) for step in range(51)]
+    last = 1e-5 + (1 - 1e-5) * (1 + math.cos(math.pi * 39 / 40)) / 2
+    expected = {0: 1e-6, 5: (1 + 1e-6) / 2, 10: 1.0, 30: (1 + 1e-5) / 2, 49: last, 50: 1e-5}
+    assert all(abs(rate[step] - value) < 1e-9 for step, value in expected.items())
+    assert rate[:11] == sorted(rate[:11]) and rate[10:] == sorted(rate[10:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    "method, decoupled, count", [("satmip", 0, 1), ("simclr", 0, 2), ("satmips", 0, 2), ("satmips", 1, 3)]
+)
+def test_views(method, decoupled, count):
+    """As many as the method needs, each drawn anew for its view, its epoch and its row; standardised."""
+    config, mean, std = (
+        train.Config(method=method, decouple_views=bool(decoupled), image_size=32),
+        [0.5, 0.4, 0.3],
+        [0.2, 0.3, 0.4],
+    )
+    images, rows = images_of(1, 64).expand(4, -1, -1, -1), torch.arange(4)
+    views, later = (train.make_views(images, rows, epoch, config, (mean, std)) for epoch in (0, 1))
+    assert views.shape == (count, 4, 3, 32, 32)
+    every = torch.cat([views, later]).flatten(0, 1)
+    assert torch.cdist(every.flatten(1), every.flatten(1)).fill_diagonal_(9).min() > 1
+    draws = data.draw(data.POLICIES["strong"], 64, config.seed, 0, rows.numpy(), count - 1)
+    plain = views[-1] * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    assert worst(plain, data.augment(images, draws, 32)) < 1e-5
+
+
+METHODS = [("simclr", "none"), *itertools.product(["satmip", "satmips"], ["text", "table"])]
+
+
+@pytest.mark.parametrize("method, encoder", METHODS)
+def test_every_method_overfits(method, encoder):
+    """Some dozens of steps on 32 samples, and each embedding finds its partner, in every task that the method has."""
+    config, rng = train.Config(method=method, augment="crop", image_size=32), np.random.default_rng(0)
+    places = rng.uniform((-180, -80), (180, 80), (32, 2)).tolist()
+    records = [{"gsd": 1 + i % 3, "location": place, "timestamp": f"20{i + 10}"} for i, place in enumerate(places)]
+    table = data.tabulate(records, DEFAULT, captions=True)
+    read = data.Metadata(table, encoder, TableSchema.fit(DEFAULT, table.numbers, table.categories))
+    sizes = dict(vocabulary=49408, context=77, numbers=9, categories=(), metadata_width=64)
+    m = small_model(encoder, image_image=method != "satmip", **sizes).train()
+    views = train.make_views(images_of(32, 32), torch.arange(32), 0, config, ([0.5] * 3, [0.25] * 3))
+    optimizer = torch.optim.AdamW(model.parameter_groups(m, 0.1), lr=0.0, betas=(0.9, 0.98))
+    scaler, batch = torch.amp.GradScaler("cpu", enabled=False), read.batch(torch.arange(32), torch.device("cpu"))
+    for step in range(120):
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-4 * min(1, (step + 1) / 30)
+        logged = train.train_step(m, optimizer, scaler, views, batch, config, None)
+        accuracies = [value.item() for name, value in logged.items() if name.startswith("accuracy")]
+        if min(accuracies) >= 0.9:
+            break
+    assert len(accuracies) == (2 if method == "satmips" else 1) and min(accuracies) >= 0.9
+
+
+def test_options_reach_the_loss():
+    """--loss-weight is lambda of Eq. 4, --temperature that of Eq. 3, --same-view-negatives its further terms."""
+    e = small_model().train()(*small_batch(8))
+    mi = losses.metadata_image_loss(e.image, e.metadata, e.scale)
+    for weight, temperature, same_view in ((1.0, 0.1, False), (0.25, 0.5, False), (2.0, 0.2, True)):
+        config = train.Config(loss_weight=weight, temperature=temperature, same_view_negatives=same_view)
+        ii = losses.image_image_loss(e.first, e.second, temperature, same_view)
+        assert abs(train.compute_losses(e, config)[0] - (mi.loss + weight * ii.loss)) < 1e-5
+
+
+def test_temperature():
+    """exp(logit_scale) starts at 1 / 0.07 as CLIP's and stays within 1 and 100 after every step."""
+    m, scaler = small_model().train(), torch.amp.GradScaler("cpu", enabled=False)
+    assert abs(m.logit_scale.exp() * 0.07 - 1) < 1e-6
+    for before, after in ((9.0, math.log(100)), (-1.0, 0.0)):
+        m.logit_scale.data.fill_(before)
+        train.train_step(m, torch.optim.SGD(m.parameters(), 1e-6), scaler, *small_batch(4), train.Config(), None)
+        assert abs(m.logit_scale - after) < 1e-5
+
+
+def test_a_torn_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    """Whatever happens while a checkpoint is written, the file is the old one or the new one."""
+
+    def torn(state, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    train.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 1})
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(torch, "save", torn)
+        train.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 2})
+    assert checkpoint(tmp_path) == {"step": 1}
+    train.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 3})
+    assert checkpoint(tmp_path) == {"step": 3} and len(list(tmp_path.iterdir())) == 1
+
+
+# -----------------------------------------------------------------------------------------------------
+# Whole programs
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_leaves_its_results(run, name):
+    """Checkpoint, a log line an epoch, scores of every kind of features, pictures; missing values and all."""
+    has_metadata, has_views = name != "simclr", name != "satmip"
+    files = ["checkpoint.pt", "log.jsonl", "neighbours.png", "places.png", "results.jsonl"]
+    assert sorted(p.name for p in run(name).iterdir()) == [f for f in files if has_metadata or f != "places.png"]
+    assert all(min(Image.open(picture).size) > 100 for picture in run(name).glob("*.png"))
+    lines, results = json_lines(run(name) / "log.jsonl"), json_lines(run(name) / "results.jsonl")
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 3), (2, 6)]
+    assert ("loss_metadata_image" in lines[0], "loss_image_image" in lines[0]) == (has_metadata, has_views)
+    assert len({r["features"] for r in results}) == (6 if has_metadata else 3)
+    assert {r["protocol"] for r in results} == {"knn", "linear"} and all(0 <= r["macro_f1"] <= 1 for r in results)
+    assert {(r["train"], r["test"]) for r in results} == {(43, 15)}, "rows with a label"
+
+
+@pytest.mark.parametrize("name", ["simclr", "table"])
+def test_checkpoints_are_plain(run, dataset, name):
+    """weights_only=True loads them: tensors and plain types, with the training split's statistics and schema."""
+    state = checkpoint(run(name))
+
+    def kinds(value) -> set[str]:
+        parts = value if isinstance(value, (list, tuple)) else []
+        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else parts
+        return {type(value).__name__}.union(*map(kinds, parts))
+
+    assert kinds(state) <= set("dict OrderedDict list tuple str int float bool NoneType Tensor".split())
+    fields = parse_fields(state["fields"])
+    split = data.read_split(dataset / "train", fields)
+    assert (state["channel_mean"], state["channel_std"]) == data.channel_statistics(split, 32, 0) and state["step"] == 6
+    rates = [(group["lr"], group["weight_decay"]) for group in state["optimizer"]["param_groups"]]
+    last = train.learning_rate(train.Config(**state["config"]), 5, 3)
+    assert rates == [(last, 0.1), (last, 0.0)], "the optimizer's, in the last step"
+    schema = TableSchema.fit(fields, split.table.numbers, split.table.categories)
+    assert state["schema"] == (dataclasses.asdict(schema) if name == "table" else None)
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(run, dataset, tmp_path, monkeypatch):
+    """Stopped after the first checkpoint and started again: the same weights and optimizer, bit by bit."""
+    argv = [*TINY, "--data", str(dataset), "--output", str(tmp_path), *RUNS["table"].split()]
+    save = train.save_checkpoint
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_checkpoint", lambda *args: [save(*args), signal.raise_signal(signal.SIGINT)])
+        train.main(argv)
+    assert checkpoint(tmp_path)["step"] == 3
+    train.main(argv)
+    ours, theirs = checkpoint(tmp_path), checkpoint(run("table"))
+    assert ours["step"] == theirs["step"] == 6
+    pairs = [(ours["model"], theirs["model"])]
+    pairs += [(ours["optimizer"]["state"][i], moments) for i, moments in theirs["optimizer"]["state"].items()]
+    assert len(pairs) > 50 and all(torch.equal(a[name], value) for a, b in pairs for name, value in b.items())
+    ours, theirs = (json_lines(folder / "log.jsonl")[-1] for folder in (tmp_path, run("table")))
+    assert ours["epoch"] == 2 and ours["loss"] == theirs["loss"]
+
+
+@pytest.mark.parametrize("name", ["simclr", "satmips"])
+def test_torchrun_equals_one_process(run, dataset, tmp_path, name):
+    """Two processes with half the batch each: the same losses and, where gradients are not mere noise, weights."""
+    argv = [*TINY, "--data", str(dataset), "--output", str(tmp_path), *RUNS[name].split()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py"]
+    done = subprocess.run([*command, *argv], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(*(json_lines(folder / "log.jsonl") for folder in (tmp_path, run(name))), strict=True):
+        assert all(abs(ours[key] - theirs[key]) < 1e-4 for key in theirs if key.startswith(("loss", "accuracy")))
+    ours, theirs = checkpoint(tmp_path), checkpoint(run(name))
+    torch.manual_seed(0)
+    start = model.SatMIP(model.ModelConfig(**ours["model_config"])).state_dict()
+    for key, value in theirs["model"].items():
+        if value.ndim > 1:  # biases before a norm have no gradient: Adam steps with its noise
+            assert worst(ours["model"][key], value) < min(1e-4, 0.1 * worst(start[key], value)), key
+
+
+@pytest.mark.parametrize(
+    "name, modality", [*itertools.product(["satmips", "table"], ["metadata", "both"]), ("simclr", "image")]
+)
+@pytest.mark.parametrize("protocol", ["knn", "linear"])
+def test_evaluate(run, name, modality, protocol, tmp_path, capsys):
+    """A table on the screen, a JSON line a result; the scores are those of the report at the end of training."""
+    path, kind = tmp_path / "results.jsonl", "simclr" if name == "simclr" else "satmips"
+    argv = ["--checkpoint", str(run(name) / "checkpoint.pt"), "--workers", "0", "--output", str(path)]
+    argv += ["--modality", modality, "--protocol", protocol]
+    evaluate.main(argv)
+    evaluate.main([*argv, "--label", "label_kind"])
+    lines = json_lines(path)
+    once = lines[: len(lines) // 2]
+    assert lines == once + once, "appended; the label asked for is the only one"
+    assert {line["features"] for line in lines} == {modality} | ({"location only"} if name != "simclr" else set())
+    score = lambda r: (r["protocol"], r.get("k"), r["accuracy"], r["macro_f1"])  # noqa: E731
+    report = [r for r in json_lines(run(name) / "results.jsonl") if r["protocol"] == protocol]
+    theirs = [score(r) for r in report if regex.fullmatch(f"{kind}.*, {modality}", r["features"])]
+    assert [score(r) for r in once if r["features"] == modality] == theirs
+    assert "accuracy (%)" in capsys.readouterr().out
+
+
+def test_evaluate_at_another_image_size(run, tmp_path, capsys):
+    """Positions are interpolated; the result files of several runs make one table."""
+    for name in ("simclr", "satmip"):
+        path = tmp_path / f"{name}.jsonl"
+        argv = ["--checkpoint", str(run(name) / "checkpoint.pt"), "--workers", "0", "--output", str(path)]
+        evaluate.main([*argv, "--image-size", "48"])
+        assert {line["image_size"] for line in json_lines(path)} == {48}
+    capsys.readouterr()
+    evaluate.main(["--table", *map(str, tmp_path.iterdir())])
+    assert "kind kNN k=20" in capsys.readouterr().out
+
+
+# -----------------------------------------------------------------------------------------------------
+# What a user can get wrong: one clear line and a non-zero exit
+
+
+def complaint(main, *argv) -> str:
+    """The single line that the program ends with, exit status 1."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(map(str, argv)))
+    assert isinstance(stopped.value.code, str) and regex.fullmatch(r"error: [^\n]+", stopped.value.code)
+    return stopped.value.code
+
+
+def append(line: str):
+    return lambda folder: (folder / "metadata.jsonl").open("a").write(line + "\n")
+
+
+def sixteen_bits(folder: Path) -> None:
+    Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32)).save(folder / "04.png")
+
+
+WRONG_DATA = {  # what is wrong: how it comes about in train/, what the message says
+    "no metadata.jsonl": (lambda folder: (folder / "metadata.jsonl").unlink(), "train/metadata.jsonl: no such file"),
+    "no rows": (lambda folder: (folder / "metadata.jsonl").write_text("\n"), "train/metadata.jsonl: no rows"),
+    "not JSON": (append('{"file_name": oops}'), "train/metadata.jsonl, line 49: not JSON"),
+    "not an object": (append('["03.jpg"]'), 'train/metadata.jsonl, line 49: no "file_name"'),
+    "no file_name": (append('{"gsd": 1}'), 'train/metadata.jsonl, line 49: no "file_name"'),
+    "path upwards": (append('{"file_name": "../test/03.jpg"}'), "line 49: file_name '../test/03.jpg' leaves"),
+    "absolute path": (append('{"file_name": "/etc/hostname"}'), "line 49: file_name '/etc/hostname' leaves"),
+    "missing image": (lambda folder: (folder / "03.jpg").unlink(), "train/03.jpg: no such image"),
+    "truncated image": (lambda folder: os.truncate(folder / "04.png", 500), "train/04.png: cannot be read"),
+    "text as image": (lambda folder: (folder / "03.jpg").write_text("hello"), "train/03.jpg: cannot be read"),
+    "16-bit image": (sixteen_bits, "train/04.png: mode I;16"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_DATA)
+def test_wrong_data(dataset, tmp_path, what):
+    """The message names the file, the line, the image; also when a worker process found it."""
+    change, needle = WRONG_DATA[what]
+    folder = shutil.copytree(dataset, tmp_path / "data")
+    change(folder / "train")
+    workers = 1 if what == "truncated image" else 0
+    assert needle in complaint(train.main, *TINY, "--data", folder, "--output", tmp_path / "run", "--workers", workers)
+
+
+def test_a_label_without_training_rows_is_said(run, dataset, tmp_path):
+    """A label that only the test split has cannot be scored: told by name."""
+    path = shutil.copytree(dataset, tmp_path / "data") / "train" / "metadata.jsonl"
+    path.write_text(path.read_text().replace("label_kind", "kind"))
+    argv = ["--checkpoint", run("simclr") / "checkpoint.pt", "--data", tmp_path / "data", "--workers", 0]
+    assert "label_kind" in complaint(evaluate.main, *argv)
+
+
+WRONG_OPTIONS = {
+    "train --fields gsd,altitude": "'altitude'",
+    "train --fields gsd,gsd": "'gsd,gsd'",
+    "train --batch-size 49": "--batch-size 49",
+    "train --epochs 0": "--epochs 0",
+    "train --image-size 33": "33",
+    "train --metadata-width 33": "33",
+    "train --decouple-views": "--decouple-views",
+    "train --seed 1": "--seed 0, not 1",  # that run folder has a checkpoint made with another seed
+    "evaluate --modality metadata": "simclr",
+    "evaluate --label nope": "label_kind",
+    "evaluate --image-size 33": "33",
+    "evaluate --data nowhere": "nowhere",
+}
+
+
+@pytest.mark.parametrize("options", WRONG_OPTIONS)
+def test_wrong_options(run, dataset, options):
+    """The message names the option, its value, or what there is instead."""
+    program, *options_ = options.split()
+    argv = ["--checkpoint", run("simclr") / "checkpoint.pt", "--workers", 0]
+    if program == "train":
+        method = "--method satmips" if "--metadata-width" in options else RUNS["simclr"]
+        output = run("simclr") if "--seed" in options else run("simclr").with_name("never made")
+        argv = [*TINY, "--data", dataset, "--output", output, *method.split()]
+    assert WRONG_OPTIONS[options] in complaint({"train": train, "evaluate": evaluate}[program].main, *argv, *options_)
+
+
+UNKNOWN = "train --method nope,train --nope 1,train --epochs many,evaluate --checkpoint x --protocol nope,data nope"
+
+
+@pytest.mark.parametrize("command", UNKNOWN.split(","))
+def test_unknown_options_end_in_usage(command, capsys):
+    """argparse's line and exit status 2."""
+    program, *argv = command.split()
+    with pytest.raises(SystemExit) as stopped:
+        {"train": train, "evaluate": evaluate, "data": data}[program].main(argv)
+    assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+class Malice:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_wrong_checkpoints(run, tmp_path):
+    """Absent, foreign, empty, torn, misshapen or malicious: refused by name, and no code in them is run."""
+    path, marker, state = tmp_path / "x.pt", tmp_path / "marker", checkpoint(run("simclr"))
+    whole = (run("simclr") / "checkpoint.pt").read_bytes()
+    assert "no such file" in complaint(evaluate.main, "--checkpoint", path)
+    for content in (b"hello\n", b"", whole[: len(whole) // 2], pickle.dumps(Malice(marker), protocol=2)):
+        path.write_bytes(content)
+        assert str(path) in complaint(evaluate.main, "--checkpoint", path)
+    assert not marker.exists() and pickle.loads(content) and marker.exists(), "the malice is real, and was not run"
+    marker.unlink()
+    for content in ([1, 2], torch.ones(3), state["model"], {**state, "step": Malice(marker)}):
+        torch.save(content, path)
+        assert str(path) in complaint(evaluate.main, "--checkpoint", path) and not marker.exists()
+    torch.save({**state, "model": {**state["model"], "image_encoder.cls_token": torch.zeros(1, 1, 64)}}, path)
+    assert "image_encoder.cls_token has shape (1, 1, 64)" in complaint(evaluate.main, "--checkpoint", path)
+
+
+# -----------------------------------------------------------------------------------------------------
+# The repository itself
+
+OURS = {  # the import graph, in reading order
+    "metadata": set(),
+    "model": set(),
+    "losses": set(),
+    "data": {"metadata"},
+    "evaluate": {"model", "metadata", "data"},
+    "train": {"metadata", "model", "losses", "data", "evaluate"},
+}
+
+
+def source(name: str) -> ast.Module:
+    return ast.parse((HERE / f"{name}.py").read_text())
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_files_and_imports(name):
+    """Seven files; each imports of ours what the design allows, else what requirements.txt names."""
+    assert {path.stem for path in HERE.glob("*.py")} == {*OURS, "test_all"}
+    nodes = list(ast.walk(source(name)))
+    found = {alias.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for alias in n.names}
+    found |= {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
+    required = set(regex.findall(r"^\w+", (HERE / "requirements.txt").read_text(), regex.MULTILINE)) | {"PIL"}
+    assert found & {*OURS, "test_all"} == OURS[name] and found <= {*sys.stdlib_module_names, *required, *OURS}
+
+
+def test_every_option_is_used():
+    """Each field of Config is read as config.<name> outside the parser."""
+    functions = [n for n in source("train").body if isinstance(n, ast.FunctionDef) and n.name != "parse_config"]
+    nodes = [n for f in functions for n in ast.walk(f) if isinstance(n, ast.Attribute)]
+    used = {n.attr for n in nodes if isinstance(n.value, ast.Name) and n.value.id == "config"}
+    assert {f.name for f in dataclasses.fields(train.Config)} - used == set()
+
+
+@pytest.mark.parametrize("name", ["README.md", "data.py", "evaluate.py", "train.py"])
+def test_documented_commands_parse(name, monkeypatch):
+    """Each command of the README's bash blocks and of a file's opening lines is one that the program accepts."""
+    text = (HERE / name).read_text()
+    if name == "README.md":
+        text = "".join(regex.findall(r"^```bash\n(.*?)^```", text, regex.MULTILINE | regex.DOTALL))
+        assert all(part in text for part in ("pytest -q test_all.py", "python train.py", "python evaluate.py"))
+    else:
+        text = "\n".join(line for line in text.split('"""')[1].splitlines() if line.startswith("    "))
+        assert f"python {name}" in text
+    accepted, parse_args = [], argparse.ArgumentParser.parse_args
+
+    def stop(self, argv):
+        parse_args(self, argv)
+        accepted.append(argv)
+        raise BadInput("parsed")
+
+    for command in regex.split(r"&&|;|\n", text.replace("\\\n", " ")):
+        program, *words = shlex.split(command, comments=True) or [""]
+        script = next((word for word in words if word.endswith(".py")), "")
+        if program in ("python", "python3", "torchrun") and script and (HERE / script).name != "metadata.py":
+            argv = words[words.index(script) + 1 :]
+            if script == "train.py":
+                accepted.append(train.parse_config(argv))
+                continue
+            with monkeypatch.context() as patch, pytest.raises((BadInput, SystemExit), match="parsed"):
+                patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+                {"data.py": data.main, "evaluate.py": evaluate.main}[script](argv)
+    assert accepted
