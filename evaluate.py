@@ -374,8 +374,9 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     splits = data.read_dataset(folder, pretrained.fields, captions=pretrained.encoder == "text")
     labels = label_names(splits)
     if not labels or args.label not in (None, *labels):
-        what = f"--label {args.label}" if args.label else "no label"
-        raise BadInput(f"{folder}: {what}; labels that train and test have: {', '.join(labels) or 'none'}")
+        train, test = (", ".join(sorted(split.labels)) or "none" for split in splits)
+        what = f"no label {args.label}" if args.label else "no label"
+        raise BadInput(f"{folder}: {what} in both splits; train has: {train}; test has: {test}")
     labels = [args.label] if args.label else labels
     statistics = data.channel_statistics(splits[0], size, args.workers)
     features = [extract(pretrained, split, statistics, args.modality, size, args.workers) for split in splits]
