@@ -500,6 +500,8 @@ def train(config: Config, preset: str) -> None:
         before = evaluate.Pretrained(untrained.to(device), config.fields, schema, device)
         table = world.first(lambda: report(trained, before, splits, statistics, config))
         world.print(f"\n{table}\n\nin {path.parent}: " + ", ".join(sorted(file.name for file in path.parent.iterdir())))
+    if world.size > 1:
+        dist.barrier()  # nobody closes its connections while another still reads from them
 
 
 if __name__ == "__main__":
