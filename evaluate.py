@@ -11,8 +11,10 @@ the CLS outputs of the backbones, before the projections. Fitted on the train sp
 import argparse
 import json
 import pickle
+import re
 import sys
 from pathlib import Path
+from typing import Callable, Iterator
 
 import numpy as np
 import torch
@@ -20,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-from metadata import FIELDS, BadInput, TableSchema, parse_fields, parse_numbers
-from model import ModelConfig, SatMIP
+from metadata import DEFAULT_FIELDS, FIELDS, BadInput, Field, TableSchema, parse_fields, parse_numbers
+from model import SOURCES, VITS, ModelConfig, SatMIP, load_encoder, read_encoder
 
 KS = (1, 5, 20, 100)  # supplement C
 TEMPERATURE = 0.07  # NOTE[PAPER] "following standard practice": the value of all three works it cites
@@ -36,6 +38,9 @@ class Pretrained:
     def __init__(self, model: SatMIP, fields: str, schema: TableSchema | None, device: torch.device):
         self.model, self.fields, self.schema, self.device = model, parse_fields(fields), schema, device
         self.encoder = model.config.metadata_encoder
+        self.statistics = None  # channel mean and std, where the weights have their own; else the dataset's
+        self.size = model.config.image_size
+        self.about = {}  # what results say of the model: where it is from, how it was trained
 
     def metadata(self, table: data.Table) -> data.Metadata:
         return data.Metadata(table, self.encoder, self.schema, self.model.config.context)
@@ -68,40 +73,100 @@ def load_weights(model: SatMIP, weights: dict[str, Tensor], path: Path) -> None:
     model.load_state_dict(weights)
 
 
+SETTINGS = ("epochs", "fields", "loss_weight", "augment", "decouple_views", "vit", "init")  # ablated in the paper
+
+
 def load_pretrained(path: Path, device: torch.device) -> tuple[Pretrained, dict]:
     """-> the model of a checkpoint, ready for evaluation, and the checkpoint itself."""
     state = read_checkpoint(path)
     model = SatMIP(ModelConfig(**state["model_config"]))
     load_weights(model, state["model"], path)
     schema = TableSchema(**state["schema"]) if state["schema"] else None
-    return Pretrained(model.to(device).eval(), state["fields"], schema, device), state
+    pretrained = Pretrained(model.to(device).eval(), state["fields"], schema, device)
+    config, log = state["config"], path.with_name("log.jsonl")
+    pretrained.about = {
+        "checkpoint": str(path), "step": state["step"], "method": config["method"], "seed": config["seed"],
+        "metadata_encoder": pretrained.encoder, **{name: config[name] for name in SETTINGS if name in config},
+    }  # fmt: skip
+    if log.is_file():  # of the run: what it cost
+        epochs = [json.loads(line) for line in log.read_text().splitlines()]
+        pretrained.about["seconds"] = sum(epoch["seconds"] for epoch in epochs)
+        pretrained.about["memory"] = max(epoch["memory"] for epoch in epochs)
+    return pretrained, state
+
+
+def untrained(pretrained: Pretrained) -> Pretrained:
+    """The network as its training started: the baseline "Random" (Table 2)."""
+    torch.manual_seed(pretrained.about.get("seed") or 0)
+    model = SatMIP(pretrained.model.config).to(pretrained.device).eval()
+    fields = ",".join(field.name for field in pretrained.fields)
+    return Pretrained(model, fields, pretrained.schema, pretrained.device)
+
+
+def load_foreign(path: Path, name: str, heads: int | None, scale: float, size: int, device: torch.device) -> Pretrained:
+    """The image encoder of another work, ready for evaluation at `size` px with its own channel statistics."""
+    tensors, heads, _ = read_encoder(path, name, heads)
+    width, patch = tensors["cls_token"].shape[-1], tensors.get("patch_embed.proj.weight", torch.empty(1)).shape[-1]
+    layers = 1 + max((int(key.split(".")[1]) for key in tensors if re.match(r"blocks\.\d+\.", key)), default=-1)
+    vit = next((vit for vit, shape in VITS.items() if shape == (width, layers, heads)), None)
+    if vit is None:
+        known = ", ".join(f"{vit} {shape}" for vit, shape in VITS.items())
+        raise BadInput(f"{path}: width {width}, {layers} layers, {heads} heads; known: {known}; --heads sets the heads")
+    if size % patch:
+        raise BadInput(f"--image-size {size}: not a multiple of the patch size {patch}")
+    model = SatMIP(ModelConfig(image_size=size, patch_size=patch, vit=vit))
+    print(load_encoder(model.image_encoder, path, name, heads, scale))
+    pretrained = Pretrained(model.to(device).eval(), DEFAULT_FIELDS, None, device)
+    if name != "satmip":  # its own are of its training data, and the dataset's are what it is evaluated with
+        pretrained.statistics = list(SOURCES[name].mean), list(SOURCES[name].std)
+    pretrained.about = {"checkpoint": str(path), "method": name, "metadata_encoder": "none", "vit": vit, "heads": heads}
+    return pretrained
 
 
 # -----------------------------------------------------------------------------------------------------
 # Features
 
 
+def mixed(device: torch.device) -> torch.autocast:
+    """bf16 on a GPU as in training (supplement C: "mixed precision"); float32 on a CPU, where bf16 is slower."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 @torch.no_grad()
+def image_features(
+    pretrained: Pretrained, split: data.Split, statistics: tuple[list[float], list[float]],
+    size: int, workers: int, batch: int = 512, start: int = 0,
+) -> Iterator[Tensor]:  # fmt: skip
+    """CLS features [B, D] of the images from row `start` on, batch by batch."""
+    device = pretrained.device
+    for images, _ in data.load(split, size, data.in_order(len(split), batch)[start // batch :], workers):
+        with mixed(device):
+            x = data.standardise(data.plain(images.to(device, non_blocking=True)), *statistics)
+            features = pretrained.model.image_encoder(x)
+        yield features.float()
+
+
+@torch.no_grad()
+def metadata_features(pretrained: Pretrained, table: data.Table, batch: int = 512, start: int = 0) -> Iterator[Tensor]:
+    """CLS features [B, D_metadata] of the table's rows from `start` on, batch by batch."""
+    metadata, n = pretrained.metadata(table), len(table.numbers)
+    for rows in data.in_order(n, batch)[start // batch :]:
+        with mixed(pretrained.device):
+            features = pretrained.model.metadata_encoder(*metadata.batch(rows, pretrained.device))
+        yield features.float()
+
+
 def extract(
     pretrained: Pretrained, split: data.Split, statistics: tuple[list[float], list[float]], modality: str,
     size: int, workers: int, batch: int = 512,
 ) -> dict[str, Tensor]:  # fmt: skip
     """CLS features of all rows in order, those that `modality` needs: {"image": [n, D], "metadata": [n, D_metadata]}"""
-    model, device = pretrained.model, pretrained.device
-    model.eval()
+    pretrained.model.eval()
     features = {}
-    # bf16 on a GPU as in training (supplement C: "mixed precision"); float32 on a CPU, where bf16 is slower
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        if modality != "metadata":
-            rows = [
-                model.image_encoder(data.standardise(data.plain(images.to(device, non_blocking=True)), *statistics))
-                for images, _ in data.load(split, size, data.in_order(len(split), batch), workers)
-            ]
-            features["image"] = torch.cat(rows).float()
-        if modality != "image":
-            metadata = pretrained.metadata(split.table)
-            batches = (metadata.batch(rows, device) for rows in data.in_order(len(split), batch))
-            features["metadata"] = torch.cat([model.metadata_encoder(*b) for b in batches]).float()
+    if modality != "metadata":
+        features["image"] = torch.cat(list(image_features(pretrained, split, statistics, size, workers, batch)))
+    if modality != "image":
+        features["metadata"] = torch.cat(list(metadata_features(pretrained, split.table, batch)))
     return features
 
 
@@ -112,6 +177,28 @@ def join(features: dict[str, Tensor]) -> Tensor:
     which is near its width.
     """
     return torch.cat([features["image"], features["metadata"]], dim=1)
+
+
+def identity(splits: tuple[data.Split, data.Split], fields: tuple[Field, ...]) -> tuple[Tensor, Tensor]:
+    """The baseline "Identity" of metadata alone: the table features of (train, test) as they are, [n, F].
+
+    NOTE[PAPER] "standardised raw fields" leaves open what is missing and what is a category: a missing number is the
+    mean (0), a category is one-hot, and all zero when missing or never seen in training.
+    """
+    train = splits[0].table
+    schema = TableSchema.fit(fields, train.numbers, train.categories)
+    rows = []
+    for split in splits:
+        numbers, codes = map(torch.from_numpy, schema.encode(split.table.numbers, split.table.categories))
+        widths = [len(values) + 2 for values in schema.categories.values()]
+        onehot = [F.one_hot(code, width)[:, 2:].float() for code, width in zip(codes.unbind(1), widths)]
+        rows.append(torch.cat([numbers.nan_to_num(0.0).float(), *onehot], dim=1))
+    return tuple(rows)
+
+
+def column(split: data.Split, key: str) -> list:
+    """What each record of the split says under that key, None where it says nothing."""
+    return [split.record(i).get(key) for i in range(len(split))]
 
 
 def histograms(split: data.Split, size: int, workers: int, bins: int = 16) -> Tensor:
@@ -141,28 +228,29 @@ def locations(split: data.Split) -> Tensor | None:
 @torch.no_grad()
 def knn(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, classes: int, ks: tuple[int, ...] = KS,
-    temperature: float = TEMPERATURE, chunk: int = 1024,
+    temperature: float = TEMPERATURE, chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Predicted class [len(ks), m] of queries [m, D] from a bank [n, D] with labels [n] in 0 .. classes - 1.
+    """Shares of the votes [len(ks), m, C] for queries [m, D] from a bank [n, D] with labels [n] in 0 .. C - 1.
 
-    A neighbour of cosine s votes for its class with weight exp(s / temperature). One pass in chunks serves every k:
-    the votes of the first k neighbours are among those of the first max(ks). ValueError when a k exceeds n.
+    A neighbour of cosine s votes for its class with weight exp(s / temperature). One pass in chunks of queries (by
+    default of 2^26 similarities, 256 MiB) serves every k: the votes of the first k neighbours are among those of the
+    first max(ks). ValueError when a k exceeds n.
     """
     if max(ks) > len(bank):
         raise ValueError(f"k = {max(ks)} neighbours asked of a bank of {len(bank)} samples")
     bank = F.normalize(bank.float(), dim=1)
-    predictions = []
-    for part in queries.split(chunk):
-        similarity, index = (F.normalize(part.float(), dim=1) @ bank.T).topk(max(ks), dim=1)  # [chunk, max k], sorted
+    shares = torch.empty(len(ks), len(queries), classes, device=bank.device)
+    chunk = chunk or max(1, 2**26 // len(bank))
+    for start in range(0, len(queries), chunk):
+        part = F.normalize(queries[start : start + chunk].float(), dim=1)
+        similarity, index = (part @ bank.T).topk(max(ks), dim=1)  # [chunk, max k], sorted
         weight, label = (similarity / temperature).exp(), bank_labels[index]
-        votes = torch.zeros(len(part), classes, device=bank.device)
-        rows, done = [], 0
+        votes, done = torch.zeros(len(part), classes, device=bank.device), 0
         for k in sorted(ks):
             votes.scatter_add_(1, label[:, done:k], weight[:, done:k])
-            rows.append(votes.argmax(1))
+            shares[ks.index(k), start : start + chunk] = votes / votes.sum(1, keepdim=True)
             done = k
-        predictions.append(torch.stack([rows[sorted(ks).index(k)] for k in ks]))
-    return torch.cat(predictions, dim=1)
+    return shares
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -194,6 +282,13 @@ def linear_probe(x: Tensor, y: Tensor, classes: int, iterations: int = 200) -> t
         return weight.detach(), bias.detach(), F.cross_entropy(x @ weight.T + bias, y).item()
 
 
+def linear_classifier(x: Tensor, y: Tensor, classes: int) -> tuple[Callable[[Tensor], Tensor], float]:
+    """The probe on features standardised by those of training -> (features [m, D] -> probabilities [m, C], loss)."""
+    mean, std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+    weight, bias, loss = linear_probe((x - mean) / std, y, classes)
+    return lambda test: ((test - mean) / std @ weight.T + bias).softmax(1), loss
+
+
 # -----------------------------------------------------------------------------------------------------
 # Scores
 
@@ -211,33 +306,81 @@ def macro_f1(predicted: Tensor, true: Tensor, classes: int) -> float:
     return (2 * hits[total > 0] / total[total > 0]).mean().item()
 
 
-def score(protocol: str, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], classes: int) -> list[dict]:
-    """Fit on train, score on test: x = (train [n, D], test [m, D]), y = labels, -1 where there is none.
+def intervals(predicted: Tensor, true: Tensor, classes: int, draws: int = 1000, seed: int = 0) -> dict[str, list]:
+    """95 % bootstrap intervals of accuracy and macro-F1 over the test samples, [low, high] each.
+
+    Drawing n samples with replacement draws the cells of the confusion matrix from a multinomial: same distribution,
+    without touching a sample, and independent of their order.
+    """
+    cells, counts = torch.stack([predicted, true]).cpu().unique(dim=1, return_counts=True)
+    n, (guess, truth) = int(counts.sum()), cells.numpy()
+    drawn = np.random.default_rng(seed).multinomial(n, counts.numpy() / n, draws)  # [draws, cells]
+    onehot = np.eye(classes)
+    right = drawn * (guess == truth)
+    hits, total = right @ onehot[truth], drawn @ onehot[guess] + drawn @ onehot[truth]  # [draws, C]
+    f1 = (2 * hits / np.maximum(total, 1)).sum(1) / (total > 0).sum(1)
+    limits = lambda values: np.quantile(values, (0.025, 0.975)).tolist()  # noqa: E731
+    return {"accuracy_interval": limits(right.sum(1) / n), "macro_f1_interval": limits(f1)}
+
+
+def average_areas(probabilities: Tensor, true: Tensor, areas: list[str | None]) -> tuple[Tensor, Tensor]:
+    """Mean probabilities [a, C] over the images of an area (Ayush et al., 2021, "temporal"), and its label [a].
+
+    probabilities [m, C], true [m], areas of m names; an image without one is an area of its own. BadInput names an
+    area whose images have different labels: its answer could not be right.
+    """
+    numbers = {}
+    index = torch.tensor([numbers.setdefault(i if a is None else str(a), len(numbers)) for i, a in enumerate(areas)])
+    index = index.to(true.device)
+    labels = torch.empty(len(numbers), dtype=true.dtype, device=true.device).scatter_(0, index, true)
+    different = (labels[index] != true).nonzero()
+    if len(different):
+        raise BadInput(f"--average-areas: images of area {areas[int(different[0])]!r} have different labels")
+    sums = torch.zeros(len(numbers), probabilities.shape[1], device=true.device).index_add_(0, index, probabilities)
+    return sums / torch.bincount(index)[:, None], labels
+
+
+def judge(probabilities: Tensor, true: Tensor, classes: int, areas: list[str | None] | None = None) -> dict:
+    """All that is stored of predictions [m, C] for labels [m]; with areas [m], of their averages."""
+    if areas is not None:
+        probabilities, true = average_areas(probabilities, true, areas)
+    predicted = probabilities.argmax(1)
+    return {
+        "accuracy": accuracy(predicted, true), "macro_f1": macro_f1(predicted, true, classes),
+        **intervals(predicted, true, classes), "averaged": "area" if areas is not None else "none", "test": len(true),
+    }  # fmt: skip
+
+
+def score(
+    protocol: str, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], classes: int,
+    areas: list[str | None] | None = None,
+) -> list[dict]:  # fmt: skip
+    """Fit on train, score on test: x = (train [n, D], test [m, D]), y = labels, -1 where there is none; areas of the
+    test rows if their predictions shall be averaged.
 
     -> one result for the probe, one for every k for kNN; each says its whole protocol.
     """
+    if areas is not None:
+        areas = [area for area, label in zip(areas, y[1].tolist()) if label >= 0]
     (x, test_x), (y, test_y) = ((a[b >= 0] for a, b in zip(x, y)), (b[b >= 0] for b in y))
     y, test_y = y.to(x.device), test_y.to(x.device)
     if protocol == "knn":
         ks = tuple(k for k in KS if k <= len(x))
-        predictions = knn(x, y, test_x, classes, ks)
+        probabilities = knn(x, y, test_x, classes, ks)
         settings = [{"k": k, "temperature": TEMPERATURE, "similarity": "cosine"} for k in ks]
     else:
-        mean, std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
-        x, test_x = (x - mean) / std, (test_x - mean) / std
-        weight, bias, loss = linear_probe(x, y, classes)
-        predictions = (test_x @ weight.T + bias).argmax(1)[None]
+        classify, loss = linear_classifier(x, y, classes)
+        probabilities = classify(test_x)[None]
         settings = [{"solver": "L-BFGS", "iterations": 200, "regularisation": 0, "scaling": "standard", "loss": loss}]
-    size = {"train": len(x), "test": len(test_x), "classes": classes, "dimensions": x.shape[1]}
+    size = {"train": len(x), "classes": classes, "dimensions": x.shape[1]}
     return [
-        {"protocol": protocol, **s, "accuracy": accuracy(p, test_y), "macro_f1": macro_f1(p, test_y, classes), **size}
-        for p, s in zip(predictions, settings)
+        {"protocol": protocol, **s, **judge(p, test_y, classes, areas), **size} for p, s in zip(probabilities, settings)
     ]
 
 
 def score_all(
     features: dict[str, tuple[Tensor, Tensor]], splits: tuple[data.Split, data.Split],
-    labels: list[str], protocols: list[str],
+    labels: list[str], protocols: list[str], areas: list[str | None] | None = None,
 ) -> list[dict]:  # fmt: skip
     """Every named feature pair (train, test) x label x protocol -> results with "features" and "label" added."""
     results = []
@@ -245,7 +388,8 @@ def score_all(
         classes, y = data.class_ids(label, *splits)
         for name, x in features.items():
             for protocol in protocols:
-                results += [{"features": name, "label": label, **r} for r in score(protocol, x, tuple(y), len(classes))]
+                scores = score(protocol, x, tuple(y), len(classes), areas)
+                results += [{"features": name, "label": label, **r} for r in scores]
     return results
 
 
@@ -255,29 +399,64 @@ def label_names(splits: tuple[data.Split, data.Split]) -> list[str]:
     return sorted(n for n in names if all(any(v is not None for v in split.labels[n]) for split in splits))
 
 
-def format_table(results: list[dict], k: int = 20, metric: str = "accuracy") -> str:
-    """Markdown: a row for each kind of features, a column for each label and protocol, percent.
+def show(values: list[float], interval: list[float] | None = None) -> str:
+    """Percent: mean ± sample standard deviation of several seeds, or one value with its interval."""
+    numbers = 100 * torch.tensor(values, dtype=torch.float64)
+    if len(numbers) > 1:
+        return f"{numbers.mean():.1f} ± {numbers.std():.1f}"
+    spread = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
+    return f"{numbers[0]:.1f}{spread}" if len(numbers) else "-"
 
-    Results that differ in the seed alone become one cell, mean ± sample standard deviation. Of the kNN results one k
-    is shown; NOTE[PAPER] 20, fixed beforehand, where the paper reports each dataset's best.
+
+def markdown(lines: list[list[str]]) -> str:
+    """Rows of cells, the header first, as a Markdown table."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
+
+
+def metric_of(result: dict, metric: str) -> str:
+    """"paper" is macro-F1 on fMoW and FGSC-23, accuracy elsewhere (Section 4.2), by the dataset's folder."""
+    unbalanced = Path(result.get("data", "")).name.lower().startswith(("fmow", "fgsc"))
+    return ("macro_f1" if unbalanced else "accuracy") if metric == "paper" else metric
+
+
+MODEL_FREE = ("location only", "identity", "colour histograms")  # features that no model has made
+
+
+def format_table(results: list[dict], k: int | None = 20, metric: str = "accuracy", interval: bool = False) -> str:
+    """Markdown: a row for each model and kind of features, a column for each dataset, label and protocol, percent.
+
+    Results that differ in the seed alone become one cell, mean ± sample standard deviation. Settings that differ
+    among the models are named in their rows. Of the kNN results one k is shown; NOTE[PAPER] 20, fixed beforehand,
+    where the paper reports each dataset's best.
     """
-    cells = {}  # (row, column) -> {seed: percent}
-    for r in results:
-        if r.get("k", k) == k:
-            protocol = f"kNN k={k}" if r["protocol"] == "knn" else r["protocol"]
-            column = f"{r['label'].removeprefix('label_')} {protocol}"
-            cells.setdefault((r["features"], column), {})[r.get("seed")] = 100 * r[metric]
+    shown = [r for r in results if r.get("k", k) == k]
+    varying = [s for s in SETTINGS if len({str(r[s]) for r in shown if s in r}) > 1]
+    several = len({r.get("data") for r in shown}) > 1
+
+    def row(r: dict) -> str:
+        if "checkpoint" not in r or r["features"] in MODEL_FREE:
+            return r["features"]
+        encoder = f" ({r['metadata_encoder']})" if r["metadata_encoder"] != "none" else ""
+        return ", ".join([r["method"] + encoder, *(f"{s}={r[s]}" for s in varying if s in r), r["features"]])
+
+    def column(r: dict) -> str:
+        parts = [Path(r.get("data", "")).name] * several + [r["label"].removeprefix("label_")]
+        parts += [f"kNN k={k}" if r["protocol"] == "knn" else r["protocol"], "by area"]
+        return " ".join(parts[: len(parts) - (r.get("averaged") != "area")])
+
+    cells = {}  # (row, column) -> {seed: result}
+    for r in shown:
+        cells.setdefault((row(r), column(r)), {})[r.get("seed")] = r
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
 
-    def show(values: dict) -> str:
-        numbers = torch.tensor(list(values.values()), dtype=torch.float64)
-        spread = f" ± {numbers.std():.1f}" if len(numbers) > 1 else ""
-        return f"{numbers.mean():.1f}{spread}" if len(numbers) else "-"
+    def cell(found: list[dict]) -> str:
+        limits = found[0].get(metric_of(found[0], metric) + "_interval") if found and interval else None
+        return show([r[metric_of(r, metric)] for r in found], limits)
 
-    lines = [[f"{metric} (%)", *columns], *([row, *(show(cells.get((row, c), {})) for c in columns)] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
+    lines = [[name, *(cell(list(cells.get((name, c), {}).values())) for c in columns)] for name in rows]
+    return markdown([[f"{metric} (%)", *columns], *lines])
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -361,42 +540,72 @@ def picture_places(
 # -----------------------------------------------------------------------------------------------------
 
 
+def models(args: argparse.Namespace) -> Iterator[tuple[Pretrained, list[Path]]]:
+    """What the command evaluates, each checkpoint or the weights of others, and on which datasets."""
+    device = torch.device(args.device)
+    if args.weights:
+        if args.source is None or args.data is None:
+            raise BadInput(f"--weights {args.weights}: say --source ({', '.join(SOURCES)}) and --data")
+        size = args.image_size or 224
+        yield load_foreign(args.weights, args.source, args.heads, args.position_scale, size, device), args.data
+    for path in args.checkpoint or ():
+        pretrained, state = load_pretrained(path, device)
+        patch = pretrained.model.config.patch_size
+        pretrained.size = args.image_size or pretrained.size
+        if pretrained.size % patch:
+            raise BadInput(f"--image-size {pretrained.size}: not a multiple of the patch size {patch}")
+        yield pretrained, args.data or [Path(state["config"]["data"])]
+
+
+def named_features(
+    pretrained: Pretrained, splits: tuple[data.Split, data.Split], statistics, args: argparse.Namespace
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Features (train, test) of each modality asked for that the model has, then of each baseline asked for."""
+    has = [m for m in args.modality if m == "image" or pretrained.encoder != "none"]
+    if not has:
+        path, method = pretrained.about["checkpoint"], pretrained.about["method"]
+        raise BadInput(f"{path}: {method} has no metadata encoder; use --modality image")
+    needed = has[0] if len(has) == 1 else "both"
+    named = {}
+    for network, suffix in ((pretrained, ""), (untrained(pretrained), ", random weights")):
+        if network is pretrained or "random" in args.baselines:
+            found = [extract(network, split, statistics, needed, pretrained.size, args.workers) for split in splits]
+            for modality in has:
+                named[modality + suffix] = tuple(join(f) if modality == "both" else f[modality] for f in found)
+    if has != ["image"]:
+        if "identity" in args.baselines:
+            named["identity"] = identity(splits, pretrained.fields)
+        points = tuple(map(locations, splits)) if "location" in args.baselines else (None,)
+        named |= {"location only": points} if all(p is not None for p in points) else {}
+    return {name: tuple(x.to(pretrained.device) for x in pair) for name, pair in named.items()}
+
+
 def evaluate(args: argparse.Namespace) -> list[dict]:
-    """The command: read, extract, score, print, write."""
-    pretrained, state = load_pretrained(args.checkpoint, torch.device(args.device))
-    config = pretrained.model.config
-    if args.modality != "image" and pretrained.encoder == "none":
-        method = state["config"]["method"]
-        raise BadInput(f"{args.checkpoint}: {method} has no metadata encoder; use --modality image")
-    folder = args.data or Path(state["config"]["data"])
-    size = args.image_size or config.image_size
-    if size % config.patch_size:
-        raise BadInput(f"--image-size {size}: not a multiple of the patch size {config.patch_size}")
-    splits = data.read_dataset(folder, pretrained.fields, captions=pretrained.encoder == "text")
-    labels = label_names(splits)
-    if not labels or args.label not in (None, *labels):
-        train, test = (", ".join(sorted(split.labels)) or "none" for split in splits)
-        what = f"no label {args.label}" if args.label else "no label"
-        raise BadInput(f"{folder}: {what} in both splits; train has: {train}; test has: {test}")
-    labels = [args.label] if args.label else labels
-    statistics = data.channel_statistics(splits[0], size, args.workers)
-    features = [extract(pretrained, split, statistics, args.modality, size, args.workers) for split in splits]
-    named = {args.modality: tuple(join(f) if args.modality == "both" else f[args.modality] for f in features)}
-    if args.modality != "image":
-        points = tuple(map(locations, splits))
-        named |= {"location only": points} if points[0] is not None and points[1] is not None else {}
-    results = score_all(named, splits, labels, [args.protocol])
-    common = {
-        "checkpoint": str(args.checkpoint), "step": state["step"], "method": state["config"]["method"],
-        "seed": state["config"]["seed"], "metadata_encoder": pretrained.encoder, "fields": state["fields"],
-        "data": str(folder), "image_size": size,
-    }  # fmt: skip
-    for k in dict.fromkeys(r.get("k") for r in results):
-        for metric in ("accuracy", "macro_f1"):
-            print(format_table(results, k, metric) + "\n")
-    if args.output:
-        with open(args.output, "a") as file:
-            file.writelines(json.dumps({**common, **r}) + "\n" for r in results)
+    """The command: every model on every dataset; read, extract, score, print, write."""
+    results, statistics = [], {}
+    for pretrained, folders in models(args):
+        for folder in folders:
+            splits = data.read_dataset(folder, pretrained.fields, captions=pretrained.encoder == "text")
+            labels = label_names(splits)
+            if not labels or args.label not in (None, *labels):
+                train, test = (", ".join(sorted(split.labels)) or "none" for split in splits)
+                what = f"no label {args.label}" if args.label else "no label"
+                raise BadInput(f"{folder}: {what} in both splits; train has: {train}; test has: {test}")
+            labels, at = [args.label] if args.label else labels, (folder, pretrained.size)
+            if pretrained.statistics is None and at not in statistics:
+                statistics[at] = data.channel_statistics(splits[0], pretrained.size, args.workers)
+            features = named_features(pretrained, splits, pretrained.statistics or statistics[at], args)
+            areas = column(splits[1], "area") if args.average_areas else None
+            scores = score_all(features, splits, labels, args.protocol, areas)
+            common = {**pretrained.about, "data": str(folder), "image_size": pretrained.size}
+            results += [{**common, **r} for r in scores]
+            if args.output:  # at once: what is done stays done when a later model fails
+                with open(args.output, "a") as file:
+                    file.writelines(json.dumps({**common, **r}) + "\n" for r in scores)
+    ks = dict.fromkeys(r["k"] for r in results if "k" in r) or [None]
+    for k in ks:
+        for metric in args.metric:
+            print(format_table(results, k, metric, args.intervals) + "\n")
     return results
 
 
@@ -415,25 +624,61 @@ def read_results(paths: list[Path]) -> list[dict]:
     return results
 
 
+def print_table(args: argparse.Namespace) -> None:
+    """The command: results of several files as one table."""
+    results = read_results(args.files)
+    for metric in args.metric:
+        print(format_table(results, args.k, metric, args.intervals) + "\n")
+
+
+METRICS = ("accuracy", "macro_f1", "paper")
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """Command line -> its options, and as `command` the function to call with them."""
+    parser = argparse.ArgumentParser(description="What frozen features are worth. Without a command name: score.")
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, function: Callable, text: str) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        found.set_defaults(command=function)
+        return found
+
+    c = command("score", evaluate, "score checkpoints of train.py, or the weights of others, on datasets")
+    what = c.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE", help="RUN/checkpoint.pt, one or several")
+    what.add_argument("--weights", type=Path, metavar="FILE", help="an image encoder of another work")
+    c.add_argument("--source", choices=tuple(SOURCES), help="whose weights --weights are: layout, heads, statistics")
+    c.add_argument("--heads", type=int, help="attention heads of --weights, where they are not its source's usual")
+    c.add_argument("--position-scale", type=float, default=1.0, help="Scale-MAE: m a pixel, relative to its base")
+    c.add_argument("--data", type=Path, nargs="+", metavar="DIR", help="datasets; default: the one of the training")
+    c.add_argument("--protocol", choices=("knn", "linear"), nargs="+", default=["knn"])
+    c.add_argument("--modality", choices=("image", "metadata", "both"), nargs="+", default=["image"])
+    c.add_argument("--baselines", choices=("random", "identity", "location"), nargs="*", default=["location"],
+                   help="untrained weights; raw metadata and place alone (both beside metadata)")  # fmt: skip
+    c.add_argument("--label", help="one label of the dataset; default: all of them")
+    c.add_argument("--average-areas", action="store_true", help="average probabilities over the images of an area")
+    c.add_argument("--image-size", type=int, help="px; default: as in training (224 for --weights)")
+    c.add_argument("--workers", type=int, default=2, help="processes that decode images")
+    c.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    c.add_argument("--output", type=Path, metavar="FILE", help="append one JSON line per result to this file")
+    t = command("table", print_table, "print results files as one table")
+    t.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results.jsonl of train.py or score --output")
+    t.add_argument("--k", type=int, default=20, help="neighbours of the kNN results shown")
+    for table, metrics in ((c, ["accuracy", "macro_f1"]), (t, ["accuracy"])):
+        table.add_argument("--metric", choices=METRICS, nargs="+", default=metrics, help="paper: F1 on fMoW, FGSC-23")
+        table.add_argument("--intervals", action="store_true", help="show the 95 %% bootstrap interval of single runs")
+    if argv[:1] == ["--table"]:
+        argv = ["table", *argv[1:]]
+    elif argv and argv[0].startswith("--") and argv[0] != "--help":
+        argv = ["score", *argv]
+    return parser.parse_args(argv)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="kNN or linear probe on frozen features of a checkpoint of train.py.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", type=Path, help="RUN/checkpoint.pt")
-    what.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="print these results as one table, no more")
-    parser.add_argument("--data", type=Path, help="prepared dataset; default: the one of the checkpoint's training")
-    parser.add_argument("--protocol", choices=("knn", "linear"), default="knn")
-    parser.add_argument("--modality", choices=("image", "metadata", "both"), default="image")
-    parser.add_argument("--label", help="one label of the dataset; default: all of them")
-    parser.add_argument("--image-size", type=int, help="px; default: as in training; positions are interpolated")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="append one JSON line per result to this file")
-    args = parser.parse_args(argv)
+    args = arguments(sys.argv[1:] if argv is None else argv)
     try:
-        if args.table:
-            print(format_table(read_results(args.table)))
-        else:
-            evaluate(args)
+        args.command(args)
     except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -1,20 +1,27 @@
 """The encoders and heads of SatMIP and SatMIPS (paper, Section 3 and 4.2, supplement B).
 
-In this order: one attention block -> the three encoders made of it (ViT, text Transformer, FT-Transformer)
--> the projection heads -> SatMIP, which puts them together and runs once a step -> parameter groups.
+In this order: one attention block -> the image encoder made of it (ViT) -> weights of others for it -> the metadata
+encoders (text Transformer, FT-Transformer) -> the projection heads -> SatMIP, which puts them together and runs once
+a step -> parameter groups.
 
 Letters: B batch, V views of each image, N patches, L text tokens, F table features, D width, E joint
 dimension, H heads. Every encoder returns its CLS row after the last norm, [B, D].
 """
 
+import argparse
 import math
+import pickle
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from metadata import BadInput
 
 # -----------------------------------------------------------------------------------------------------
 # One pre-norm Transformer block for all three encoders
@@ -96,8 +103,10 @@ VITS = {
     "vit_micro": (128, 4, 4),  # the demo's
     "vit_tiny": (192, 12, 3),
     "vit_small": (384, 12, 12),
+    "vit_small_6": (384, 12, 6),
     "vit_base": (768, 12, 12),
     "vit_large": (1024, 24, 16),
+    "vit_huge": (1280, 32, 16),
 }
 
 
@@ -111,6 +120,27 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, h, w] -> [B, N, D]"""
         return self.proj(images).flatten(2).transpose(1, 2)
+
+
+def resample_positions(positions: Tensor, rows: int, columns: int) -> Tensor:
+    """Positions [1, 1 + s s, D], the CLS token's first -> [1, 1 + rows columns, D]: the grid resampled (bicubic)."""
+    side = math.isqrt(positions.shape[1] - 1)
+    if (rows, columns) == (side, side):
+        return positions
+    cls, grid = positions[:, :1], positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, (rows, columns), mode="bicubic", align_corners=False, antialias=True)
+    return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def sincos_positions(width: int, side: int, scale: float) -> Tensor:
+    """The fixed positions of MAE [1, 1 + side side, D]: sines and cosines of the column, then of the row, zero for
+    CLS. Scale-MAE multiplies columns and rows by the ground sample distance relative to its base: `scale`."""
+    frequency = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = scale * torch.arange(side, dtype=torch.float64)[:, None] * frequency  # [side, D / 4]
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # [side, D / 2]
+    column, row = wave.expand(side, side, -1), wave[:, None].expand(side, side, -1)
+    grid = torch.cat([column, row], dim=2).flatten(0, 1)
+    return torch.cat([torch.zeros(1, width), grid.float()])[None]
 
 
 class ViT(nn.Module):
@@ -130,13 +160,8 @@ class ViT(nn.Module):
         initialise(self)
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """pos_embed for a grid of patches: as trained, or resampled (bicubic) when the image has another size."""
-        side = math.isqrt(self.pos_embed.shape[1] - 1)
-        if (rows, columns) == (side, side):
-            return self.pos_embed
-        cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, (rows, columns), mode="bicubic", align_corners=False, antialias=True)
-        return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
+        """pos_embed for a grid of patches: as trained, or resampled when the image has another size."""
+        return resample_positions(self.pos_embed, rows, columns)
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, h, w], standardised -> CLS [B, D]"""
@@ -145,6 +170,116 @@ class ViT(nn.Module):
         x = self.patch_embed(images)  # [B, N, D]
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + positions  # [B, 1 + N, D]
         return run_blocks(self.blocks, self.norm, x)
+
+
+# -----------------------------------------------------------------------------------------------------
+# Weights of others (Section 4.6; Table 2)
+
+
+@dataclass(frozen=True)
+class Source:
+    """How the authors of some weights store them, and what their images look like to the network."""
+
+    containers: tuple[str, ...]  # keys under which the state dict may lie
+    prefixes: tuple[str, ...]  # what may stand before timm's names
+    small_heads: int  # heads of a ViT of width 384: the only size on which sources disagree, unseen in any shape
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    bgr: bool = False  # trained on blue, green, red
+    scaled: bool = False  # positions are computed from the ground sample distance
+
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FMOW = (0.4182007, 0.4214799, 0.3991276), (0.2877428, 0.2754177, 0.2764018)  # SatMAE's
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+SLIP_PREFIXES = ("module.visual.", "visual.")
+SOURCES = {
+    "slip": Source(("state_dict",), SLIP_PREFIXES, 12, *IMAGENET),
+    "clip": Source(("state_dict",), SLIP_PREFIXES, 12, *IMAGENET),  # as trained by SLIP's authors
+    "mocov3": Source(("state_dict",), ("module.base_encoder.", "base_encoder."), 12, *IMAGENET),
+    "dino": Source(("teacher",), ("module.backbone.", "backbone.", ""), 6, *IMAGENET),
+    "timm": Source(("model", "state_dict"), ("",), 6, *HALF),  # the "augreg" weights, timm's default
+    "deit": Source(("model",), ("",), 6, *IMAGENET),
+    "mae": Source(("model",), ("",), 6, *IMAGENET),
+    "satmae": Source(("model",), ("",), 6, *FMOW),
+    "satmaepp": Source(("model",), ("",), 6, *FMOW, bgr=True),
+    "scalemae": Source(("model",), ("",), 6, *IMAGENET, scaled=True),
+    "satmip": Source(("model",), ("image_encoder.",), 12, *IMAGENET),  # a checkpoint of train.py; it says its heads
+}
+# heads and decoders, which no feature passes through
+DROPPED = re.compile(r"head|pre_logits|decoder|mask_token|fpn|fcn_|proj_up|up_block")
+
+
+def read_encoder(path: Path, name: str, heads: int | None = None) -> tuple[dict[str, Tensor], int, str]:
+    """-> an image encoder's tensors by timm's names with RGB channels, its heads, what else the file holds.
+
+    name: of SOURCES. heads: where they are not the source's. BadInput when the file is not of that source. Nothing
+    unpickled is run: options of the authors' training often lie beside the weights, hence the one class allowed.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            whole = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise BadInput(f"{path}: not a file of weights (or one that holds code, which is never run)") from None
+    except Exception as error:  # zip and pickle each raise their own for a torn or foreign file
+        raise BadInput(f"{path}: cannot be read as weights ({type(error).__name__})") from None
+    source, whole = SOURCES[name], whole if isinstance(whole, dict) else {}
+    content = next((whole[key] for key in source.containers if isinstance(whole.get(key), dict)), whole)
+    prefix = next((prefix for prefix in source.prefixes if f"{prefix}cls_token" in content), None)
+    if prefix is None:
+        keys = ", ".join(list(map(str, content))[:3]) or "nothing"
+        raise BadInput(f"{path}: not {name} weights: no {source.prefixes[0]}cls_token; it holds {keys}, ...")
+    tensors = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
+    tensors = {key: value for key, value in tensors.items() if not DROPPED.match(key)}
+    if source.bgr and "patch_embed.proj.weight" in tensors:  # turned once, here: images stay red, green, blue
+        tensors["patch_embed.proj.weight"] = tensors["patch_embed.proj.weight"].flip(1)
+    if name == "satmip":
+        heads = heads or VITS[whole["model_config"]["vit"]][2]
+    width = tensors["cls_token"].shape[-1]
+    heads = heads or {384: source.small_heads, 1280: 16}.get(width, width // 64)
+    others = [key for key in content if not (key.startswith(prefix) and key.removeprefix(prefix) in tensors)]
+    return tensors, heads, f"{len(others)} ({', '.join(others[:2])}, ...)" if others else "none"
+
+
+def load_encoder(encoder: ViT, path: Path, name: str, heads: int | None = None, scale: float = 1.0) -> str:
+    """Put the weights of a file into an image encoder -> one line on what was loaded and what was not.
+
+    Positions are resampled to the encoder's grid; those of Scale-MAE are computed for `scale`, the ground sample
+    distance relative to its base. BadInput unless every tensor is there in its shape and the heads agree.
+    """
+    tensors, heads, aside = read_encoder(path, name, heads)
+    own = encoder.state_dict()
+    side = math.isqrt(own["pos_embed"].shape[1] - 1)
+    if SOURCES[name].scaled:
+        tensors["pos_embed"] = sincos_positions(encoder.width, side, scale)
+    positions, theirs = tensors.get("pos_embed", torch.empty(0)), 0
+    if positions.ndim == 3 and positions.shape[1] > 1:
+        theirs = math.isqrt(positions.shape[1] - 1)
+        if theirs**2 == positions.shape[1] - 1:
+            tensors["pos_embed"] = resample_positions(positions.float(), side, side)
+    shape = lambda d, key: tuple(d[key].shape) if key in d else "nothing"  # noqa: E731
+    wrong = [key for key in own if shape(tensors, key) != shape(own, key)]
+    unexpected = [key for key in tensors if key not in own]
+    foreign = [key for key in unexpected if key.startswith("blocks.")]  # a block of another architecture
+    if wrong or foreign:
+        key = (wrong + foreign)[0]
+        raise BadInput(
+            f"{path}: {len(wrong)} of {len(own)} tensors of the model are not in these {name} weights and "
+            f"{len(foreign)} of theirs are not in its blocks; {key}: {shape(tensors, key)}, wanted {shape(own, key)}"
+        )
+    if heads != encoder.blocks[0].attn.heads:
+        fit = [vit for vit, size in VITS.items() if size == (encoder.width, len(encoder.blocks), heads)]
+        raise BadInput(
+            f"{path}: {name} has {heads} heads where the model has {encoder.blocks[0].attn.heads}, in tensors of the "
+            f"same shapes; use --vit {fit[0] if fit else 'of that many heads'}"
+        )
+    encoder.load_state_dict({key: tensors[key] for key in own})
+    return (
+        f"{path} ({name}): loaded {len(own)} tensors; missing: none; unexpected: {', '.join(unexpected) or 'none'}; "
+        f"left aside: {aside}; {heads} heads; positions {theirs} x {theirs} -> {side} x {side}"
+    )
 
 
 # -----------------------------------------------------------------------------------------------------
