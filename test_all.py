@@ -488,6 +488,85 @@ def test_positions_follow_the_image_size():
     assert vit(torch.randn(2, 3, 48, 128)).shape == (2, 8)
 
 
+def foreign_file(path: Path, name: str, vit: model.ViT, **changes) -> Path:
+    """The encoder's weights as that source stores them, with what else its authors keep in the file."""
+    tensors = {**vit.state_dict(), **changes}
+    if name == "satmaepp":
+        tensors["patch_embed.proj.weight"] = tensors["patch_embed.proj.weight"].flip(1)
+    if name == "scalemae":
+        tensors["pos_embed"] = torch.zeros(1, 5, vit.width)
+    extra = {
+        "slip": {"module.logit_scale": torch.ones(()), "module.image_mlp.layer1.weight": torch.ones(2, 2)},
+        "mocov3": {"module.momentum_encoder.norm.bias": torch.ones(1), "module.base_encoder.head.0.bias": torch.ones(2)},
+        "dino": {"module.head.mlp.0.weight": torch.ones(2)},
+        "timm": {"head.weight": torch.ones(2, 2)},
+    }.get(name, {"mask_token": torch.ones(1), "decoder_blocks.0.norm1.bias": torch.ones(1), "fpn.0.bias": torch.ones(1)})
+    prefix = {"slip": "module.visual.", "mocov3": "module.base_encoder.", "dino": "module.backbone."}.get(name, "")
+    content = {prefix + key: value for key, value in tensors.items()} | extra
+    key = {"slip": "state_dict", "mocov3": "state_dict", "dino": "teacher", "timm": None}.get(name, "model")
+    whole = {key: content, "args": argparse.Namespace(lr=0.1), "epoch": 3} if key else content
+    torch.save(whole, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["slip", "mocov3", "dino", "timm", "mae", "satmae", "satmaepp", "scalemae"])
+def test_weights_of_others(name, tmp_path):
+    """Every tensor where it belongs; the blocks of a BGR network answer to RGB; Scale-MAE's positions are computed."""
+    theirs, ours = (randomise(model.ViT(32, 16, *model.VITS["vit_micro"])) for _ in range(2))
+    with torch.no_grad():
+        ours.cls_token.zero_()
+    path = foreign_file(tmp_path / "x.pt", name, theirs)
+    said = model.load_encoder(ours, path, name, heads=4, scale=2.5)
+    assert "loaded 54 tensors; missing: none; unexpected: none" in said and "4 heads" in said
+    with torch.no_grad():
+        if name == "scalemae":
+            theirs.pos_embed.copy_(model.sincos_positions(128, 2, 2.5))
+    assert all(torch.equal(value, ours.state_dict()[key]) for key, value in theirs.state_dict().items())
+    larger = model.ViT(64, 16, *model.VITS["vit_micro"])
+    assert "4 x 4" in model.load_encoder(larger, path, name, heads=4)
+    if name != "scalemae":
+        assert worst(larger.pos_embed, theirs.positions(4, 4)) < 1e-6
+
+
+def test_wrong_weights_of_others(tmp_path):
+    """Heads, a missing or misshapen tensor, another architecture, another source, code: each refused by name."""
+    vit, path = randomise(model.ViT(32, 16, *model.VITS["vit_micro"])), tmp_path / "x.pt"
+    small = model.ViT(32, 16, 384, 1, 12)
+    foreign_file(path, "dino", model.ViT(32, 16, 384, 1, 6))
+    with pytest.raises(BadInput, match="dino has 6 heads where the model has 12"):
+        model.load_encoder(small, path, "dino")
+    for changes, needle in (
+        ({"norm.weight": torch.ones(64)}, r"norm.weight: \(64,\), wanted \(128,\)"),
+        ({"blocks.0.ls1.gamma": torch.ones(128)}, "blocks.0.ls1.gamma.* wanted nothing"),
+        ({"pos_embed": torch.ones(1, 6, 128)}, r"pos_embed: \(1, 6, 128\)"),
+        ({"patch_embed.proj.weight": torch.ones(128, 3, 8, 8)}, "patch_embed.proj.weight"),
+    ):
+        foreign_file(path, "timm", vit, **changes)
+        with pytest.raises(BadInput, match=needle):
+            model.load_encoder(vit, path, "timm", heads=4)
+    pooled = {key: value for key, value in vit.state_dict().items() if not key.startswith("norm.")}
+    torch.save({"model": pooled | {"fc_norm.weight": torch.ones(128)}}, path)  # a fine-tuned MAE, which averages tokens
+    with pytest.raises(BadInput, match="norm.weight: nothing, wanted"):
+        model.load_encoder(vit, path, "mae", heads=4)
+    with pytest.raises(BadInput, match="not slip weights: no module.visual.cls_token; it holds model"):
+        model.load_encoder(vit, path, "slip", heads=4)
+    torch.save({"model": Malice(tmp_path / "marker")}, path)
+    with pytest.raises(BadInput, match="holds code"):
+        model.load_encoder(vit, path, "mae")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_sincos_positions_equal_a_slow_transcription():
+    """MAE's table, element by element; scaled as in Scale-MAE's Equation 2."""
+    for scale in (1.0, 2.5):
+        found = model.sincos_positions(16, 3, scale)[0]
+        assert found[0].abs().max() == 0
+        for row, column, i in itertools.product(range(3), range(3), range(4)):
+            angles = [scale * at / 10000 ** (i / 4) for at in (column, row)]
+            expected = [f(angle) for angle in angles for f in (math.sin, math.cos)]
+            assert worst(found[1 + 3 * row + column, i::4], expected) < 1e-5
+
+
 @pytest.mark.parametrize("meets", [[{"image", "first"}, {"second"}], [{"image"}, {"first"}, {"second"}]], ids=len)
 @torch.no_grad()
 def test_view_coupling(meets):
@@ -910,6 +989,59 @@ def test_baselines(dataset):
     assert worst(points[3], [x * math.cos(latitude), y * math.cos(latitude), math.sin(latitude)]) < 1e-6
 
 
+def test_identity_is_the_standardised_row(dataset):
+    """Numbers with the training mean 0, categories one-hot; zero where missing or, in the test, never seen."""
+    splits = data.read_dataset(dataset, parse_fields("cloud_cover,country_code"))
+    train, test = evaluate.identity(splits, parse_fields("cloud_cover,country_code"))
+    clouds = np.arange(48)
+    assert worst(train[:, 0], (clouds - clouds.mean()) / clouds.std()) < 1e-5
+    country = [-1 if i % 10 == 8 else (2, 0, 1)[i % 3] for i in range(16)]  # FRA, KEN, PER in alphabetical order
+    assert worst(test[:, 1:], [[float(c == code) for c in range(3)] for code in country]) == 0
+
+
+def test_bootstrap_intervals():
+    """Of accuracy: those of a binomial; of both: what drawing samples one by one gives. The order does not matter."""
+    rng = np.random.default_rng(0)
+    true = torch.from_numpy(rng.integers(0, 4, 400))
+    predicted = torch.where(torch.from_numpy(rng.random(400)) < 0.7, true, 3)
+    found = evaluate.intervals(predicted, true, 5, draws=4000)
+    shuffled = torch.randperm(400)
+    assert found == evaluate.intervals(predicted[shuffled], true[shuffled], 5, draws=4000)
+    share = evaluate.accuracy(predicted, true)
+    half = 1.96 * math.sqrt(share * (1 - share) / 400)
+    assert worst(found["accuracy_interval"], [share - half, share + half]) < 0.006
+    draws = (torch.from_numpy(rng.integers(0, 400, 400)) for _ in range(1000))
+    f1 = [evaluate.macro_f1(predicted[d], true[d], 5) for d in draws]
+    assert worst(found["macro_f1_interval"], np.quantile(f1, (0.025, 0.975))) < 0.012
+
+
+def test_areas_are_averaged_by_hand():
+    """Two images of a wrong and of a right mind: the area takes the mean; images without an area stay alone."""
+    probabilities = torch.tensor([[0.6, 0.4], [0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
+    true, areas = torch.tensor([1, 1, 0, 0]), ["a", "a", None, None]
+    mean, labels = evaluate.average_areas(probabilities, true, areas)
+    assert worst(mean, [[0.35, 0.65], [0.8, 0.2], [0.3, 0.7]]) < 1e-6 and labels.tolist() == [1, 0, 0]
+    alone, averaged = (evaluate.judge(probabilities, true, 2, a) for a in (None, areas))
+    assert (alone["accuracy"], alone["test"]) == (0.5, 4) and (averaged["accuracy"], averaged["test"]) == (2 / 3, 3)
+    with pytest.raises(BadInput, match="'b'"):
+        evaluate.average_areas(probabilities, true, ["a", "b", "b", "c"])
+
+
+def test_table_of_several_models():
+    """A setting that differs is named in the rows; F1 on fMoW, accuracy elsewhere; one run may show its interval."""
+    common = {"checkpoint": "x", "metadata_encoder": "text", "method": "satmip", "protocol": "linear", "label": "label"}
+    common |= {"features": "image", "macro_f1": 0.1, "macro_f1_interval": [0.05, 0.2], "augment": "strong"}
+    results = [
+        {**common, "fields": fields, "seed": seed, "accuracy": 0.4 + seed / 10, "data": folder}
+        for fields, seed, folder in (("gsd", 0, "x/fmow"), ("all", 0, "x/eurosat"), ("all", 1, "x/eurosat"))
+    ]
+    text = evaluate.format_table(results, metric="paper", interval=True)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert rows[0] == ["paper (%)", "fmow label linear", "eurosat label linear"]
+    assert rows[2] == ["satmip (text), fields=gsd, image", "10.0 [5.0, 20.0]", "-"]
+    assert rows[3] == ["satmip (text), fields=all, image", "-", "45.0 \xb1 7.1"]
+
+
 def test_table_of_results():
     """A cell for each kind of features, label and protocol; seeds become mean and deviation; one k is shown."""
     common = {"features": "image", "label": "label_kind", "protocol": "knn"}
@@ -1133,6 +1265,61 @@ def test_evaluate_at_another_image_size(run, tmp_path, capsys):
     capsys.readouterr()
     evaluate.main(["--table", *map(str, tmp_path.iterdir())])
     assert "kind kNN k=20" in capsys.readouterr().out
+
+
+def test_training_starts_from_given_weights(run, dataset, tmp_path, capsys):
+    """--init: the image encoder is the file's, said on the screen; a file of another source is refused."""
+    start = run("simclr") / "checkpoint.pt"
+    argv = [*TINY, "--data", str(dataset), "--output", str(tmp_path), "--epochs", "1", "--base-lr", "1e-9"]
+    train.main([*argv, *RUNS["satmip"].split(), "--init", str(start)])  # the rate is next to nothing
+    ours, theirs = checkpoint(tmp_path)["model"], checkpoint(run("simclr"))["model"]
+    names = [name for name in theirs if name.startswith("image_encoder.")]
+    assert len(names) == 54 and all(worst(ours[name], theirs[name]) < 1e-4 for name in names)
+    assert "loaded 54 tensors" in capsys.readouterr().out
+    assert "not slip weights" in complaint(
+        train.main, *argv, "--output", tmp_path / "x", "--init", start, "--init-source", "slip"
+    )
+
+
+def test_evaluate_weights_of_others(dataset, tmp_path, capsys):
+    """Size from the file, heads from the source, statistics the source's; what was loaded is printed."""
+    vit = randomise(model.ViT(32, 16, *model.VITS["vit_micro"]))
+    path = foreign_file(tmp_path / "x.pt", "slip", vit)
+    argv = ["--weights", str(path), "--source", "slip", "--data", str(dataset), "--image-size", "32", "--workers", "0"]
+    assert "width 128, 4 layers, 2 heads" in complaint(evaluate.main, *argv)
+    evaluate.main([*argv, "--heads", "4", "--output", str(tmp_path / "out.jsonl")])
+    assert "loaded 54 tensors" in capsys.readouterr().out
+    assert {(r["method"], r["vit"], r["heads"]) for r in json_lines(tmp_path / "out.jsonl")} == {("slip", "vit_micro", 4)}
+    pretrained = evaluate.load_foreign(path, "slip", 4, 1.0, 32, torch.device("cpu"))
+    split = data.read_split(dataset / "test", DEFAULT)
+    images = torch.from_numpy(np.stack([data.load_image(split.folder / name, 32) for name in split.names]))
+    found = evaluate.extract(pretrained, split, pretrained.statistics, "image", 32, 0)["image"]
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert worst(found, vit((images.permute(0, 3, 1, 2) / 255 - mean) / std)) < 1e-4
+
+
+def test_evaluate_many_at_once(run, dataset, tmp_path, capsys):
+    """Checkpoints x datasets x protocols x modalities, with baselines; a dataset may lack fields of the training."""
+    bare, whole = (shutil.copytree(dataset, tmp_path / name) for name in ("bare", "whole"))
+    for folder, split in itertools.product((bare, whole), ("train", "test")):
+        path = folder / split / "metadata.jsonl"
+        records = [r | {"area": f"{i % 4}{i % 8 > 3}"} for i, r in enumerate(json_lines(path))]  # 8 areas, of one kind
+        kept = ("file_name", "gsd", "location", "label_kind") if folder == bare else records[0].keys()  # as EuroSAT has
+        path.write_text("".join(json.dumps({key: r[key] for key in kept if key in r}) + "\n" for r in records))
+    argv = ["--checkpoint", *(str(run(name) / "checkpoint.pt") for name in ("table", "simclr"))]
+    argv += ["--data", str(whole), str(bare), "--protocol", "knn", "linear", "--modality", "image", "both"]
+    argv += ["--baselines", "random", "identity", "location", "--average-areas", "--workers", "0"]
+    evaluate.main([*argv, "--intervals", "--output", str(tmp_path / "out.jsonl")])
+    results = json_lines(tmp_path / "out.jsonl")
+    features = {"image", "both", "identity", "location only", "image, random weights", "both, random weights"}
+    with_metadata = {(r["features"], r["data"]) for r in results if r["method"] == "satmips"}
+    assert with_metadata == set(itertools.product(features, (str(whole), str(bare))))
+    assert {r["features"] for r in results if r["method"] == "simclr"} == {"image", "image, random weights"}
+    assert {(r["averaged"], r["test"]) for r in results if r["data"] == str(whole)} == {("area", 8)}
+    assert {r["test"] for r in results if r["data"] == str(bare)} == {15}, "no areas there: each image counts alone"
+    assert all(r["seconds"] > 0 and r["memory"] > 0 and r["epochs"] == 2 for r in results)
+    assert all(low <= r["accuracy"] <= high for r in results for low, high in [r["accuracy_interval"]])
+    assert "by area" in capsys.readouterr().out
 
 
 # -----------------------------------------------------------------------------------------------------

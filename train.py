@@ -30,7 +30,7 @@ import data
 import evaluate
 import losses
 from metadata import DEFAULT_FIELDS, BadInput, TableSchema, parse_fields
-from model import VITS, ModelConfig, SatMIP, parameter_groups
+from model import SOURCES, VITS, ModelConfig, SatMIP, load_encoder, parameter_groups
 
 # -----------------------------------------------------------------------------------------------------
 # Options: the defaults are the paper's
@@ -71,6 +71,8 @@ class Config:
     metadata_encoder: str = option("text", "how metadata is encoded", ("text", "table"))
     fields: str = option(DEFAULT_FIELDS, "metadata fields in order, comma-separated, or 'all'")
     vit: str = option("vit_small", "image encoder", tuple(VITS))
+    init: str = option("", "file of weights that the image encoder starts from (Table 4)")
+    init_source: str = option("satmip", "whose weights; satmip: a checkpoint of this program", tuple(SOURCES))
     image_size: int = option(224, "side of a view in px")
     patch_size: int = option(16, "side of a patch in px")
     metadata_width: int | None = option(None, f"width of the metadata encoder (text {TEXT_WIDTH}, table {TABLE_WIDTH})")
@@ -413,6 +415,8 @@ def train(config: Config, preset: str) -> None:
     except ValueError as error:
         raise BadInput(f"--vit, --image-size, --patch-size or --metadata-width: {error}") from None
     untrained = copy.deepcopy(model)
+    if config.init:  # NOTE[PAPER] channel statistics stay the dataset's (supplement A), whatever the weights had seen
+        world.print(load_encoder(model.image_encoder, Path(config.init), config.init_source))
     model.to(device).train()
     groups = parameter_groups(model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-8, fused=True)
