@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-from metadata import DEFAULT_FIELDS, FIELDS, BadInput, Field, TableSchema, parse_fields, parse_numbers
+from metadata import DEFAULT_FIELDS, FIELDS, TIME_PARTS, BadInput, Field, TableSchema, parse_category, parse_fields
+from metadata import parse_numbers, parse_timestamp
 from model import SOURCES, VITS, ModelConfig, SatMIP, load_encoder, read_encoder
 
 KS = (1, 5, 20, 100)  # supplement C
@@ -216,9 +217,20 @@ def locations(split: data.Split) -> Tensor | None:
     """Places as points of the unit sphere [n, 3], whose cosine falls with distance. A row without a place is the
     zero vector, equally far from all; None if no row has one."""
     table = data.tabulate(map(split.record, range(len(split))), parse_fields("location"), captions=False)
-    longitude, latitude = np.radians(table.numbers.T)
-    points = np.stack([np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], 1)
-    return None if np.isnan(points).all() else torch.from_numpy(points).nan_to_num().float()
+    points = unit_sphere(table.numbers)
+    return None if points.isnan().all() else points.nan_to_num().float()
+
+
+def unit_sphere(places: np.ndarray) -> Tensor:
+    """Longitudes and latitudes in degrees [n, 2] -> points of the unit sphere [n, 3], float64."""
+    longitude, latitude = np.radians(places.T)
+    points = [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)]
+    return torch.from_numpy(np.stack(points, 1))
+
+
+def great_circle(a: Tensor, b: Tensor) -> Tensor:
+    """km between points of the unit sphere [..., 3]; by the chord, which keeps metres where the cosine loses them."""
+    return 2 * data.EARTH_RADIUS * ((a - b).norm(dim=-1) / 2).clamp(max=1).asin()
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -399,6 +411,172 @@ def label_names(splits: tuple[data.Split, data.Split]) -> list[str]:
     return sorted(n for n in names if all(any(v is not None for v in split.labels[n]) for split in splits))
 
 
+# -----------------------------------------------------------------------------------------------------
+# Between the modalities: retrieval, and questions to an image
+
+
+@torch.no_grad()
+def embed(pretrained: Pretrained, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CLS features -> unit vectors [n, E] of the joint space (Section 3.1), for the modalities that are there."""
+    model = pretrained.model
+    projections = {"image": "image_projection", "metadata": "metadata_projection"}
+    return {name: F.normalize(getattr(model, projections[name])(x), dim=1) for name, x in features.items()}
+
+
+def ranks(queries: Tensor, gallery: Tensor, chunk: int | None = None) -> Tensor:
+    """Rank [n], from 1, of gallery row i among all n for query i; both [n, E] unit vectors. In chunks of queries.
+
+    Of equal similarities (images that share their metadata) half are counted before: the mean over their orders.
+    """
+    found, chunk = [], chunk or max(1, 2**26 // len(gallery))
+    for start in range(0, len(queries), chunk):
+        similarity = queries[start : start + chunk] @ gallery.T
+        own = similarity.diagonal(start)[:, None]
+        found.append(1 + (similarity > own).sum(1) + ((similarity == own).sum(1) - 1) / 2)
+    return torch.cat(found)
+
+
+def retrieval(embeddings: dict[str, Tensor]) -> list[dict]:
+    """Image to metadata and back: recall at 1, 5, 10 (share of rank at most that) and median rank."""
+    results = []
+    for query, gallery in (("image", "metadata"), ("metadata", "image")):
+        rank = ranks(embeddings[query], embeddings[gallery])
+        recall = {f"recall_{k}": (rank <= k).double().mean().item() for k in (1, 5, 10)}
+        result = {"features": f"{query} to {gallery}", "label": "own", "protocol": "retrieval", **recall}
+        results.append(result | {"median_rank": rank.median().item(), "test": len(rank)})
+    return results
+
+
+def time_part(value: object, part: str) -> int | None:
+    """Of a timestamp; None when it does not say."""
+    number = (parse_timestamp(value) or [np.nan] * len(TIME_PARTS))[TIME_PARTS.index(part)]
+    return None if np.isnan(number) else int(number)
+
+
+def octave(value: object) -> float | None:
+    """The power of two next to a ground sample distance, the mean of x and y."""
+    numbers = parse_numbers(value, FIELDS["gsd"])
+    return numbers and 2.0 ** round(np.log2(np.mean(numbers)))
+
+
+QUESTIONS = {  # name -> (field, its value -> the answer, None when unknown)
+    "month": ("timestamp", lambda value: time_part(value, "month")),
+    "hour": ("timestamp", lambda value: time_part(value, "hour")),
+    "gsd": ("gsd", octave),
+    "country": ("country_code", parse_category),
+    "place": ("location", lambda value: (place := parse_numbers(value, FIELDS["location"])) and tuple(place)),
+}
+
+
+def ask(pretrained: Pretrained, splits: tuple[data.Split, data.Split], images: Tensor, most: int = 4096) -> list[dict]:
+    """What test images [m, E] answer on each question: posterior over a gallery that varies one field alone.
+
+    The gallery is the field's values of `most` training rows, all else missing; similarities times the model's scale
+    give, by softmax, the posterior of each row, and the rows of one answer add up. So the prior is that of training.
+    A place is the gallery's likeliest, and its error the great-circle distance.
+    """
+    results = []
+    for name, (field, answer) in QUESTIONS.items():
+        if field not in {f.name for f in pretrained.fields}:
+            continue
+        values, truths = (column(split, field) for split in splits)
+        values = [value for value in values if answer(value) is not None]
+        values = values[:: max(1, -(-len(values) // most))]
+        asked = [i for i, value in enumerate(truths) if answer(value) is not None]
+        if not values or not asked:
+            continue
+        table = data.tabulate(({field: v} for v in values), pretrained.fields, pretrained.encoder == "text")
+        gallery = embed(pretrained, {"metadata": torch.cat(list(metadata_features(pretrained, table)))})["metadata"]
+        scale = pretrained.model.logit_scale.detach().exp()
+        posterior = torch.cat([(scale * part @ gallery.T).softmax(1) for part in images[asked].split(1024)])
+        answers, result = [answer(value) for value in values], {"features": "image", "label": name, "protocol": "ask"}
+        if name == "place":
+            guessed = [answers[i] for i in posterior.argmax(1).tolist()]
+            chance = [answers[i] for i in data.hashed(0, np.arange(len(asked))) % len(answers)]  # any training place
+            truth = unit_sphere(np.array([answer(truths[i]) for i in asked]))
+            for key, places in (("median_km", guessed), ("chance_km", chance)):
+                result[key] = great_circle(unit_sphere(np.array(places)), truth).median().item()
+        else:
+            classes = sorted(set(answers))
+            codes = torch.tensor([classes.index(a) for a in answers], device=posterior.device)
+            sums = torch.zeros(len(asked), len(classes), device=posterior.device).index_add_(1, codes, posterior)
+            right = [classes[i] == answer(truths[j]) for i, j in zip(sums.argmax(1).tolist(), asked)]
+            common = classes[int(torch.bincount(codes).argmax())]
+            result |= {"accuracy": float(np.mean(right)), "classes": len(classes)}
+            result["chance"] = float(np.mean([common == answer(truths[i]) for i in asked]))  # the commonest answer
+        results.append(result | {"test": len(asked)})
+    return results
+
+
+# -----------------------------------------------------------------------------------------------------
+# How metadata helps: without some fields, and near to or far from the training samples
+
+
+def missing_fields(
+    pretrained: Pretrained, splits: tuple[data.Split, data.Split], features: tuple[dict, dict], labels: list[str]
+) -> list[dict]:
+    """Accuracy of the probe on image and metadata when test rows lose fields: each with some probability, or one
+    field everywhere. Fitted once, on complete training rows."""
+    train, test = features
+    fields, n = pretrained.fields, len(splits[1])
+    draws = data.uniform(0, np.arange(n)[:, None], np.arange(len(fields)))
+    masks = {("share", share): draws < share for share in (0, 0.25, 0.5, 0.75, 1)}
+    masks |= {("without", f.name): np.arange(len(fields))[None].repeat(n, 0) == i for i, f in enumerate(fields)}
+    records, changed = [splits[1].record(i) for i in range(n)], {}
+    for key, mask in masks.items():
+        lost = ({fields[j].name for j in np.flatnonzero(row)} for row in mask)
+        kept = ({k: v for k, v in record.items() if k not in names} for record, names in zip(records, lost))
+        table = data.tabulate(kept, fields, pretrained.encoder == "text")
+        metadata = torch.cat(list(metadata_features(pretrained, table)))
+        changed[key] = join({"image": test["image"], "metadata": metadata})
+    results = []
+    for label in labels:
+        classes, (y, test_y) = data.class_ids(label, *splits)
+        known, test_known, device = y >= 0, test_y >= 0, train["image"].device
+        classify, _ = linear_classifier(join(train)[known], y[known].to(device), len(classes))
+        for (kind, value), x in changed.items():
+            scores = judge(classify(x[test_known]), test_y[test_known].to(device), len(classes))
+            what = {"blanked": value} if kind == "share" else {"without": value}
+            results.append({"features": "both", "label": label, "protocol": "missing", **what, **scores})
+    return results
+
+
+def leakage(
+    splits: tuple[data.Split, data.Split], features: tuple[dict, dict], labels: list[str], bins: int = 4
+) -> list[dict]:
+    """The gain of image and metadata over the image (probe), by distance of a test image to the nearest training
+    image, in `bins` of equally many; beside it the place alone (kNN). A gain only near the training is leakage."""
+    points = [locations(split) for split in splits]
+    if any(p is None for p in points):
+        raise BadInput(f"{splits[1].folder}: no record has a location; the leakage report is by distance")
+    train, test = (p.double() for p in points)
+    train = train[train.norm(dim=1) > 0.5]  # without a place: the zero vector
+    nearest = [train[(part @ train.T).argmax(1)] for part in test.split(1024)]
+    km = torch.where(test.norm(dim=1) > 0.5, great_circle(test, torch.cat(nearest)), torch.nan)
+    results = []
+    for label in labels:
+        classes, (y, test_y) = data.class_ids(label, *splits)
+        known, asked, device = y >= 0, (test_y >= 0) & ~km.isnan(), features[0]["image"].device
+        right = {}
+        for name in ("image", "both"):
+            x, test_x = (join(f) if name == "both" else f["image"] for f in features)
+            classify, _ = linear_classifier(x[known], y[known].to(device), len(classes))
+            right[name] = classify(test_x[asked]).argmax(1).cpu() == test_y[asked]
+        votes = knn(points[0][known], y[known], points[1][asked], len(classes), (min(20, int(known.sum())),))
+        right["location_only"] = votes[0].argmax(1) == test_y[asked]
+        for part in km[asked].argsort().tensor_split(bins):
+            if len(part):
+                shares = {name: hit[part].double().mean().item() for name, hit in right.items()}
+                span = {"from_km": km[asked][part].min().item(), "to_km": km[asked][part].max().item()}
+                gain = {"gain": shares["both"] - shares["image"], "test": len(part)}
+                results.append({"features": "both", "label": label, "protocol": "leakage", **span, **shares, **gain})
+    return results
+
+
+# -----------------------------------------------------------------------------------------------------
+# Tables
+
+
 def show(values: list[float], interval: list[float] | None = None) -> str:
     """Percent: mean ± sample standard deviation of several seeds, or one value with its interval."""
     numbers = 100 * torch.tensor(values, dtype=torch.float64)
@@ -413,6 +591,15 @@ def markdown(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
+
+
+def format_rows(results: list[dict]) -> str:
+    """Results of one of the other protocols as they are, one a line: what was found, and for whom if that differs."""
+    keys = dict.fromkeys(key for r in results for key in r if not isinstance(r[key], (list, dict)))
+    found = {key for r in results for key in list(r)[list(r).index("features") :]}  # the model's own settings come first
+    keys = [k for k in keys if k in found - {"protocol"} or len({str(r.get(k)) for r in results}) > 1]
+    text = lambda v: "" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v)  # noqa: E731
+    return markdown([[results[0]["protocol"], *keys], *(["", *(text(r.get(k)) for k in keys)] for r in results)])
 
 
 def metric_of(result: dict, metric: str) -> str:
@@ -558,18 +745,17 @@ def models(args: argparse.Namespace) -> Iterator[tuple[Pretrained, list[Path]]]:
 
 
 def named_features(
-    pretrained: Pretrained, splits: tuple[data.Split, data.Split], statistics, args: argparse.Namespace
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Features (train, test) of each modality asked for that the model has, then of each baseline asked for."""
-    has = [m for m in args.modality if m == "image" or pretrained.encoder != "none"]
-    if not has:
-        path, method = pretrained.about["checkpoint"], pretrained.about["method"]
-        raise BadInput(f"{path}: {method} has no metadata encoder; use --modality image")
-    needed = has[0] if len(has) == 1 else "both"
-    named = {}
+    pretrained: Pretrained, splits: tuple[data.Split, data.Split], statistics, has: list[str], args: argparse.Namespace
+) -> tuple[tuple[dict, dict], dict[str, tuple[Tensor, Tensor]]]:
+    """-> the features (train, test) by modality, and by name those to score: each modality, each baseline."""
+    needed = has[0] if len(has) == 1 and not set(args.protocol) & set(BIMODAL) else "both"
+    named, scored = {}, []
     for network, suffix in ((pretrained, ""), (untrained(pretrained), ", random weights")):
         if network is pretrained or "random" in args.baselines:
-            found = [extract(network, split, statistics, needed, pretrained.size, args.workers) for split in splits]
+            found = tuple(
+                extract(network, split, statistics, needed, pretrained.size, args.workers) for split in splits
+            )
+            scored.append(found)
             for modality in has:
                 named[modality + suffix] = tuple(join(f) if modality == "both" else f[modality] for f in found)
     if has != ["image"]:
@@ -577,33 +763,57 @@ def named_features(
             named["identity"] = identity(splits, pretrained.fields)
         points = tuple(map(locations, splits)) if "location" in args.baselines else (None,)
         named |= {"location only": points} if all(p is not None for p in points) else {}
-    return {name: tuple(x.to(pretrained.device) for x in pair) for name, pair in named.items()}
+    return scored[0], {name: tuple(x.to(pretrained.device) for x in pair) for name, pair in named.items()}
+
+
+PROTOCOLS = ("knn", "linear", "retrieval", "ask", "missing", "leakage")
+BIMODAL = ("retrieval", "ask", "missing", "leakage")  # protocols of both encoders, whatever --modality says
 
 
 def evaluate(args: argparse.Namespace) -> list[dict]:
     """The command: every model on every dataset; read, extract, score, print, write."""
-    results, statistics = [], {}
+    results, statistics, bimodal = [], {}, [p for p in args.protocol if p in BIMODAL]
     for pretrained, folders in models(args):
+        has = [m for m in args.modality if m == "image" or pretrained.encoder != "none"]
+        if not has or (bimodal and pretrained.encoder == "none"):
+            path, method = pretrained.about["checkpoint"], pretrained.about["method"]
+            raise BadInput(f"{path}: {method} has no metadata encoder; use --modality image, --protocol knn or linear")
         for folder in folders:
             splits = data.read_dataset(folder, pretrained.fields, captions=pretrained.encoder == "text")
             labels = label_names(splits)
-            if not labels or args.label not in (None, *labels):
+            if args.label not in (None, *labels) or not (labels or set(args.protocol) <= {"retrieval", "ask"}):
                 train, test = (", ".join(sorted(split.labels)) or "none" for split in splits)
                 what = f"no label {args.label}" if args.label else "no label"
                 raise BadInput(f"{folder}: {what} in both splits; train has: {train}; test has: {test}")
             labels, at = [args.label] if args.label else labels, (folder, pretrained.size)
             if pretrained.statistics is None and at not in statistics:
                 statistics[at] = data.channel_statistics(splits[0], pretrained.size, args.workers)
-            features = named_features(pretrained, splits, pretrained.statistics or statistics[at], args)
+            channels = pretrained.statistics or statistics[at]
+            features, named = named_features(pretrained, splits, channels, has, args)
             areas = column(splits[1], "area") if args.average_areas else None
-            scores = score_all(features, splits, labels, args.protocol, areas)
-            common = {**pretrained.about, "data": str(folder), "image_size": pretrained.size}
-            results += [{**common, **r} for r in scores]
+            found = []
+            for protocol in args.protocol:
+                if protocol in ("knn", "linear"):
+                    found += score_all(named, splits, labels, [protocol], areas)
+                elif protocol == "retrieval":
+                    found += retrieval(embed(pretrained, features[1]))
+                elif protocol == "ask":
+                    found += ask(pretrained, splits, embed(pretrained, {"image": features[1]["image"]})["image"])
+                elif protocol == "missing":
+                    found += missing_fields(pretrained, splits, features, labels)
+                elif protocol == "leakage":
+                    found += leakage(splits, features, labels)
+            if args.picture:
+                picture_places(pretrained, splits[1], channels, pretrained.size, args.picture)
+            found = [{**pretrained.about, "data": str(folder), "image_size": pretrained.size, **r} for r in found]
+            results += found
             if args.output:  # at once: what is done stays done when a later model fails
                 with open(args.output, "a") as file:
-                    file.writelines(json.dumps({**common, **r}) + "\n" for r in scores)
-    ks = dict.fromkeys(r["k"] for r in results if "k" in r) or [None]
-    for k in ks:
+                    file.writelines(json.dumps(r) + "\n" for r in found)
+    for protocol in bimodal:
+        print(format_rows([r for r in results if r["protocol"] == protocol]) + "\n")
+    results = [r for r in results if r["protocol"] not in bimodal]
+    for k in dict.fromkeys(r["k"] for r in results if "k" in r) or [None] * bool(results):
         for metric in args.metric:
             print(format_table(results, k, metric, args.intervals) + "\n")
     return results
@@ -652,7 +862,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     c.add_argument("--heads", type=int, help="attention heads of --weights, where they are not its source's usual")
     c.add_argument("--position-scale", type=float, default=1.0, help="Scale-MAE: m a pixel, relative to its base")
     c.add_argument("--data", type=Path, nargs="+", metavar="DIR", help="datasets; default: the one of the training")
-    c.add_argument("--protocol", choices=("knn", "linear"), nargs="+", default=["knn"])
+    c.add_argument("--protocol", choices=PROTOCOLS, nargs="+", default=["knn"])
     c.add_argument("--modality", choices=("image", "metadata", "both"), nargs="+", default=["image"])
     c.add_argument("--baselines", choices=("random", "identity", "location"), nargs="*", default=["location"],
                    help="untrained weights; raw metadata and place alone (both beside metadata)")  # fmt: skip
@@ -661,6 +871,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     c.add_argument("--image-size", type=int, help="px; default: as in training (224 for --weights)")
     c.add_argument("--workers", type=int, default=2, help="processes that decode images")
     c.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    c.add_argument("--picture", type=Path, metavar="FILE", help="draw where on Earth the model places test images")
     c.add_argument("--output", type=Path, metavar="FILE", help="append one JSON line per result to this file")
     t = command("table", print_table, "print results files as one table")
     t.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results.jsonl of train.py or score --output")

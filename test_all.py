@@ -497,10 +497,10 @@ def foreign_file(path: Path, name: str, vit: model.ViT, **changes) -> Path:
         tensors["pos_embed"] = torch.zeros(1, 5, vit.width)
     extra = {
         "slip": {"module.logit_scale": torch.ones(()), "module.image_mlp.layer1.weight": torch.ones(2, 2)},
-        "mocov3": {"module.momentum_encoder.norm.bias": torch.ones(1), "module.base_encoder.head.0.bias": torch.ones(2)},
+        "mocov3": {"module.momentum_encoder.norm.bias": torch.ones(1), "module.base_encoder.head.bias": torch.ones(2)},
         "dino": {"module.head.mlp.0.weight": torch.ones(2)},
         "timm": {"head.weight": torch.ones(2, 2)},
-    }.get(name, {"mask_token": torch.ones(1), "decoder_blocks.0.norm1.bias": torch.ones(1), "fpn.0.bias": torch.ones(1)})
+    }.get(name, {"mask_token": torch.ones(1), "decoder_blocks.0.norm1.bias": torch.ones(1), "fpn.bias": torch.ones(1)})
     prefix = {"slip": "module.visual.", "mocov3": "module.base_encoder.", "dino": "module.backbone."}.get(name, "")
     content = {prefix + key: value for key, value in tensors.items()} | extra
     key = {"slip": "state_dict", "mocov3": "state_dict", "dino": "teacher", "timm": None}.get(name, "model")
@@ -1042,6 +1042,41 @@ def test_table_of_several_models():
     assert rows[3] == ["satmip (text), fields=all, image", "-", "45.0 \xb1 7.1"]
 
 
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_ranks_equal_a_loop(chunk):
+    """1 + those that are nearer + half of those as near; recall and median of the ranks, both ways."""
+    torch.manual_seed(0)
+    images, metadata = (F.normalize(torch.randn(30, 4), dim=1) for _ in range(2))
+    metadata[20:] = metadata[:10]  # images that share their metadata
+    expected = []
+    for i, query in enumerate(images.double()):
+        similarity = [float(query @ other) for other in metadata.double()]
+        nearer = sum(s > similarity[i] + 1e-12 for s in similarity)
+        expected.append(1 + nearer + (sum(abs(s - similarity[i]) <= 1e-12 for s in similarity) - 1) / 2)
+    assert worst(evaluate.ranks(images, metadata, chunk), expected) == 0
+    first, back = evaluate.retrieval({"image": images, "metadata": metadata})
+    assert first["features"] == "image to metadata" and back["features"] == "metadata to image"
+    assert first["recall_5"] == np.mean(np.array(expected) <= 5)
+    assert evaluate.retrieval({"image": images, "metadata": images})[0]["recall_1"] == 1
+
+
+def test_great_circles():
+    """Paris to New York and back, a quarter of the globe, a metre: the haversine's answer."""
+    places = np.array([[2.3522, 48.8566], [-74.006, 40.7128], [0, 0], [90, 0], [10, 50], [10, 50 + 1e-5 / 1.11195]])
+    points = evaluate.unit_sphere(places)
+    found = evaluate.great_circle(points[::2], points[1::2])
+    assert worst(found, [5837.2, math.pi / 2 * 6371, 1e-3]) < 1 and abs(found[2] - 1e-3) < 1e-6
+
+
+def test_answers_of_records():
+    """Month and hour where the timestamp says them, the octave of the scale, the place in range."""
+    answers = {name: question[1] for name, question in evaluate.QUESTIONS.items()}
+    assert [answers["month"](v) for v in ("2004-10", "2004", None, "2004-13")] == [10, None, None, None]
+    assert [answers["hour"](v) for v in ("2015-09-21T15:30:08Z", "2015-09-21")] == [15, None]
+    assert [answers["gsd"](v) for v in ([0.9, 1.1], 3.1, [0, 1])] == [1.0, 4.0, None]
+    assert [answers["place"](v) for v in ([1, 2], [1, 91])] == [(1.0, 2.0), None]
+
+
 def test_table_of_results():
     """A cell for each kind of features, label and protocol; seeds become mean and deviation; one k is shown."""
     common = {"features": "image", "label": "label_kind", "protocol": "knn"}
@@ -1289,7 +1324,8 @@ def test_evaluate_weights_of_others(dataset, tmp_path, capsys):
     assert "width 128, 4 layers, 2 heads" in complaint(evaluate.main, *argv)
     evaluate.main([*argv, "--heads", "4", "--output", str(tmp_path / "out.jsonl")])
     assert "loaded 54 tensors" in capsys.readouterr().out
-    assert {(r["method"], r["vit"], r["heads"]) for r in json_lines(tmp_path / "out.jsonl")} == {("slip", "vit_micro", 4)}
+    found = json_lines(tmp_path / "out.jsonl")
+    assert {(r["method"], r["vit"], r["heads"]) for r in found} == {("slip", "vit_micro", 4)}
     pretrained = evaluate.load_foreign(path, "slip", 4, 1.0, 32, torch.device("cpu"))
     split = data.read_split(dataset / "test", DEFAULT)
     images = torch.from_numpy(np.stack([data.load_image(split.folder / name, 32) for name in split.names]))
@@ -1320,6 +1356,52 @@ def test_evaluate_many_at_once(run, dataset, tmp_path, capsys):
     assert all(r["seconds"] > 0 and r["memory"] > 0 and r["epochs"] == 2 for r in results)
     assert all(low <= r["accuracy"] <= high for r in results for low, high in [r["accuracy_interval"]])
     assert "by area" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["satmips", "table"])
+def test_protocols_of_both_encoders(run, dataset, name, tmp_path, capsys):
+    """Retrieval, questions, missing fields, leakage: what they find is what a slow hand finds."""
+    argv = ["--checkpoint", str(run(name) / "checkpoint.pt"), "--workers", "0"]
+    argv += ["--output", str(tmp_path / "out.jsonl"), "--picture", str(tmp_path / "places.png")]
+    evaluate.main([*argv, "--protocol", "retrieval", "ask", "missing", "leakage", "linear", "--modality", "both"])
+    results = {p: [r for r in json_lines(tmp_path / "out.jsonl") if r["protocol"] == p] for p in evaluate.PROTOCOLS}
+    assert min(Image.open(tmp_path / "places.png").size) > 100 and "median_rank" in capsys.readouterr().out
+    country = {"country"} if name == "table" else set()
+    assert {r["label"] for r in results["ask"]} == {"month", "hour", "gsd", "place"} | country
+    pretrained, state = evaluate.load_pretrained(run(name) / "checkpoint.pt", torch.device("cpu"))
+    splits = data.read_dataset(dataset, pretrained.fields, captions=True)
+    statistics = state["channel_mean"], state["channel_std"]
+    features = evaluate.extract(pretrained, splits[1], statistics, "both", 32, 0)
+
+    # months, by hand: softmax over single-field records, added up by month
+    months = [v for i in range(48) if (v := splits[0].record(i).get("timestamp")) and parse_timestamp(v)]
+    table = data.tabulate(({"timestamp": v} for v in months), pretrained.fields, True)
+    gallery = pretrained.model.metadata_encoder(*pretrained.metadata(table).batch(torch.arange(len(months)), "cpu"))
+    gallery = F.normalize(pretrained.model.metadata_projection(gallery), dim=1)
+    right = []
+    for i in range(16):
+        truth, sums = parse_timestamp(splits[1].record(i).get("timestamp")), np.zeros(13)
+        image = F.normalize(pretrained.model.image_projection(features["image"][i]), dim=0)
+        for value, p in zip(months, (gallery @ image * pretrained.model.logit_scale.exp()).softmax(0).tolist()):
+            sums[int(parse_timestamp(value)[1])] += p
+        right += [sums.argmax() == truth[1]] if truth else []
+    month = next(r for r in results["ask"] if r["label"] == "month")
+    assert abs(month["accuracy"] - np.mean(right)) < 1e-9 and month["test"] == len(right)
+
+    # nothing blanked is the probe itself; all blanked is one answer to each image, and no field left out is none
+    missing = {r.get("blanked", r.get("without")): r for r in results["missing"]}
+    assert list(missing) == [0, 0.25, 0.5, 0.75, 1, *(f.name for f in pretrained.fields)]
+    both = next(r for r in results["linear"] if r["features"] == "both")
+    assert missing[0]["accuracy"] == both["accuracy"] and missing[0]["macro_f1"] == both["macro_f1"]
+
+    # distances, by hand
+    places = [[evaluate.QUESTIONS["place"][1](s.record(i).get("location")) for i in range(len(s))] for s in splits]
+    train = [p for p in places[0] if p]
+    sphere = lambda place: evaluate.unit_sphere(np.array([place]))[0]  # noqa: E731
+    to = lambda a, b: float(evaluate.great_circle(sphere(a), sphere(b)))  # noqa: E731
+    km = [min(to(p, q) for q in train) for i, p in enumerate(places[1]) if p and splits[1].record(i).get("label_kind")]
+    assert sum(r["test"] for r in results["leakage"]) == len(km) and len(results["leakage"]) == 4
+    assert abs(results["leakage"][0]["from_km"] - min(km)) < 0.01 > abs(results["leakage"][-1]["to_km"] - max(km))
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -1386,6 +1468,7 @@ WRONG_OPTIONS = {
     "train --seed 1": "--seed 0, not 1",  # that run folder has a checkpoint made with another seed
     "evaluate --modality metadata": "simclr",
     "evaluate --label nope": "label_kind",
+    "evaluate --protocol ask": "simclr",
     "evaluate --image-size 33": "33",
     "evaluate --data nowhere": "nowhere",
 }
