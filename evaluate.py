@@ -9,6 +9,8 @@ the CLS outputs of the backbones, before the projections. Fitted on the train sp
 """
 
 import argparse
+import hashlib
+import io
 import json
 import pickle
 import re
@@ -596,7 +598,7 @@ def markdown(lines: list[list[str]]) -> str:
 def format_rows(results: list[dict]) -> str:
     """Results of one of the other protocols as they are, one a line: what was found, and for whom if that differs."""
     keys = dict.fromkeys(key for r in results for key in r if not isinstance(r[key], (list, dict)))
-    found = {key for r in results for key in list(r)[list(r).index("features") :]}  # the model's own settings come first
+    found = {key for r in results for key in list(r)[list(r).index("features") :]}  # what stands before is the model's
     keys = [k for k in keys if k in found - {"protocol"} or len({str(r.get(k)) for r in results}) > 1]
     text = lambda v: "" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v)  # noqa: E731
     return markdown([[results[0]["protocol"], *keys], *(["", *(text(r.get(k)) for k in keys)] for r in results)])
@@ -725,6 +727,73 @@ def picture_places(
 
 
 # -----------------------------------------------------------------------------------------------------
+# Export
+
+
+def write_rows(path: Path, rows: Callable[[int], Iterator[Tensor]], n: int, width: int, batch: int) -> None:
+    """A .npy of float32 [n, width], batch by batch; rows(start) yields those from row `start` on.
+
+    Written under another name until whole. A restart keeps the whole batches that are there, so that batches, and with
+    them the last bits of every row, are those of a run that was never stopped.
+    """
+    unfinished, header = path.with_name(path.name + ".unfinished"), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (n, width)})
+    header = header.getvalue()
+    there = unfinished.read_bytes() if unfinished.is_file() else b""
+    done = max(0, len(there) - len(header)) // (4 * width) // batch * batch
+    with open(unfinished, "wb") as file:
+        file.write(header + there[len(header) :][: 4 * width * done])
+        for x in rows(done):
+            file.write(x.cpu().numpy().astype("<f4").tobytes())
+            file.flush()
+    unfinished.replace(path)
+
+
+def export(args: argparse.Namespace) -> None:
+    """The command: the image encoder for other programs (encoder.pt, encoder.json) and, with --data, the features of
+    a dataset (<split>.<modality>.npy) with the file names of their rows (<split>.ids.json)."""
+    pretrained, state = load_pretrained(args.checkpoint, torch.device(args.device))
+    if "metadata" in args.modality and pretrained.encoder == "none":
+        raise BadInput(f"{args.checkpoint}: {state['config']['method']} has no metadata encoder; use --modality image")
+    c, out, digest = pretrained.model.config, args.output, hashlib.sha256()
+    for name, tensor in sorted(state["model"].items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    width, layers, heads = VITS[c.vit]
+    timm = {"img_size": c.image_size, "patch_size": c.patch_size, "embed_dim": width, "depth": layers}
+    about = {
+        "timm": {"model": "vit_base_patch16_224", "arguments": timm | {"num_heads": heads, "num_classes": 0}},
+        "heads": heads, "mean": state["channel_mean"], "std": state["channel_std"], "channels": "RGB in 0..1",
+        "feature": "CLS token after the norm", "sha256 of the checkpoint's weights": digest.hexdigest(),
+    }  # fmt: skip
+    if args.data:
+        splits = data.read_dataset(args.data, pretrained.fields, captions=pretrained.encoder == "text")
+        statistics = data.channel_statistics(splits[0], c.image_size, args.workers)
+        about["features"] = {"data": str(args.data), "rows": list(map(len, splits)), "mean, std": list(statistics)}
+    about = json.dumps(about, indent=1)
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "encoder.json").is_file() and (out / "encoder.json").read_text() != about:
+        raise BadInput(f"{out}: holds an export of another checkpoint or dataset; choose another folder")
+    (out / "encoder.json").write_text(about)
+    torch.save(pretrained.model.image_encoder.state_dict(), out / "encoder.pt")
+    for split in splits if args.data else ():
+        stem = split.folder.name
+        (out / f"{stem}.ids.json").write_text(json.dumps([split.names[i] for i in range(len(split))]))
+        streams = {
+            "image": (width, lambda start: image_features(
+                pretrained, split, statistics, c.image_size, args.workers, args.batch_size, start)),
+            "metadata": (c.metadata_width, lambda start: metadata_features(
+                pretrained, split.table, args.batch_size, start)),
+        }  # fmt: skip
+        for modality in args.modality:
+            path = out / f"{stem}.{modality}.npy"
+            if not path.is_file():
+                size, rows = streams[modality]
+                write_rows(path, rows, len(split), size, args.batch_size)
+    print(f"in {out}: " + ", ".join(sorted(file.name for file in out.iterdir())))
+
+
+# -----------------------------------------------------------------------------------------------------
+# The commands
 
 
 def models(args: argparse.Namespace) -> Iterator[tuple[Pretrained, list[Path]]]:
@@ -869,13 +938,20 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     c.add_argument("--label", help="one label of the dataset; default: all of them")
     c.add_argument("--average-areas", action="store_true", help="average probabilities over the images of an area")
     c.add_argument("--image-size", type=int, help="px; default: as in training (224 for --weights)")
-    c.add_argument("--workers", type=int, default=2, help="processes that decode images")
-    c.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     c.add_argument("--picture", type=Path, metavar="FILE", help="draw where on Earth the model places test images")
     c.add_argument("--output", type=Path, metavar="FILE", help="append one JSON line per result to this file")
+    e = command("export", export, "the image encoder by timm's names, and features of a dataset; resumes when stopped")
+    e.add_argument("checkpoint", type=Path, help="RUN/checkpoint.pt")
+    e.add_argument("output", type=Path, help="folder to write to")
+    e.add_argument("--data", type=Path, metavar="DIR", help="dataset whose features are wanted")
+    e.add_argument("--modality", choices=("image", "metadata"), nargs="+", default=["image"])
+    e.add_argument("--batch-size", type=int, default=512, help="rows at a time")
     t = command("table", print_table, "print results files as one table")
     t.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results.jsonl of train.py or score --output")
     t.add_argument("--k", type=int, default=20, help="neighbours of the kNN results shown")
+    for reader in (c, e):
+        reader.add_argument("--workers", type=int, default=2, help="processes that decode images")
+        reader.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for table, metrics in ((c, ["accuracy", "macro_f1"]), (t, ["accuracy"])):
         table.add_argument("--metric", choices=METRICS, nargs="+", default=metrics, help="paper: F1 on fMoW, FGSC-23")
         table.add_argument("--intervals", action="store_true", help="show the 95 %% bootstrap interval of single runs")

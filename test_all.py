@@ -1358,6 +1358,38 @@ def test_evaluate_many_at_once(run, dataset, tmp_path, capsys):
     assert "by area" in capsys.readouterr().out
 
 
+def test_export_and_its_resumption(run, dataset, tmp_path, monkeypatch):
+    """The encoder gives the same features elsewhere; killed midway and started again, the features are the same bytes."""
+    argv = ["--data", str(dataset), "--modality", "image", "metadata", "--batch-size", "7", "--workers", "0"]
+    start, whole, broken = str(run("table") / "checkpoint.pt"), tmp_path / "whole", tmp_path / "broken"
+    evaluate.main(["export", start, str(whole), *argv])
+    load = data.load
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        batches = lambda *args: (b if i < 3 else signal.raise_signal(signal.SIGINT) for i, b in enumerate(load(*args)))  # noqa: E731
+        statistics = data.channel_statistics(data.read_split(dataset / "train", ALL), 32, 0)
+        patch.setattr(data, "channel_statistics", lambda *args: statistics)
+        patch.setattr(data, "load", batches)
+        evaluate.main(["export", start, str(broken), *argv])
+    unfinished = broken / "train.image.npy.unfinished"
+    assert 21 <= (unfinished.stat().st_size - 128) / 512 < 22, "three batches of 7 rows"
+    os.truncate(unfinished, unfinished.stat().st_size - 100)  # torn in the middle of a row
+    evaluate.main(["export", start, str(broken), *argv])
+    files = [f"{split}.{kind}" for split in ("train", "test") for kind in ("image.npy", "metadata.npy", "ids.json")]
+    assert sorted(p.name for p in broken.iterdir()) == sorted(["encoder.json", "encoder.pt", *files])
+    assert all((whole / name).read_bytes() == (broken / name).read_bytes() for name in files)
+
+    about, names = json.loads((whole / "encoder.json").read_text()), json.loads((whole / "test.ids.json").read_text())
+    made, size = about["timm"]["arguments"], about["timm"]["arguments"]["img_size"]
+    vit = model.ViT(size, made["patch_size"], made["embed_dim"], made["depth"], about["heads"])
+    vit.load_state_dict(torch.load(whole / "encoder.pt", weights_only=True))
+    images = torch.from_numpy(np.stack([data.load_image(dataset / "test" / name, size) for name in names]))
+    x = data.standardise(data.plain(images), *about["features"]["mean, std"])
+    assert worst(vit(x), np.load(whole / "test.image.npy")) < 1e-4
+    other = str(run("simclr") / "checkpoint.pt")
+    assert "another checkpoint" in complaint(evaluate.main, "export", other, whole, "--data", dataset, "--workers", 0)
+    assert "no metadata encoder" in complaint(evaluate.main, "export", other, tmp_path / "x", "--modality", "metadata")
+
+
 @pytest.mark.parametrize("name", ["satmips", "table"])
 def test_protocols_of_both_encoders(run, dataset, name, tmp_path, capsys):
     """Retrieval, questions, missing fields, leakage: what they find is what a slow hand finds."""
