@@ -9,8 +9,9 @@ the CLS outputs of the backbones, before the projections. Fitted on the train sp
 """
 
 import argparse
-import hashlib
+import copy
 import io
+import itertools
 import json
 import pickle
 import re
@@ -21,12 +22,14 @@ from typing import Callable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import data
+import tables
 from metadata import DEFAULT_FIELDS, FIELDS, TIME_PARTS, BadInput, Field, TableSchema, parse_category, parse_fields
 from metadata import parse_numbers, parse_timestamp
-from model import SOURCES, VITS, ModelConfig, SatMIP, load_encoder, read_encoder
+from model import SOURCES, VITS, ModelConfig, SatMIP, describe_encoder, load_encoder, parameter_groups, read_encoder
+from tables import SETTINGS, canvas, format_rows, format_table, read_results
 
 KS = (1, 5, 20, 100)  # supplement C
 TEMPERATURE = 0.07  # NOTE[PAPER] "following standard practice": the value of all three works it cites
@@ -76,7 +79,6 @@ def load_weights(model: SatMIP, weights: dict[str, Tensor], path: Path) -> None:
     model.load_state_dict(weights)
 
 
-SETTINGS = ("epochs", "fields", "loss_weight", "augment", "decouple_views", "vit", "init")  # ablated in the paper
 
 
 def load_pretrained(path: Path, device: torch.device) -> tuple[Pretrained, dict]:
@@ -102,8 +104,9 @@ def untrained(pretrained: Pretrained) -> Pretrained:
     """The network as its training started: the baseline "Random" (Table 2)."""
     torch.manual_seed(pretrained.about.get("seed") or 0)
     model = SatMIP(pretrained.model.config).to(pretrained.device).eval()
-    fields = ",".join(field.name for field in pretrained.fields)
-    return Pretrained(model, fields, pretrained.schema, pretrained.device)
+    fresh = copy.copy(pretrained)
+    fresh.model = model
+    return fresh
 
 
 def load_foreign(path: Path, name: str, heads: int | None, scale: float, size: int, device: torch.device) -> Pretrained:
@@ -304,6 +307,46 @@ def linear_classifier(x: Tensor, y: Tensor, classes: int) -> tuple[Callable[[Ten
 
 
 # -----------------------------------------------------------------------------------------------------
+# Fine-tuning end to end (the second protocol of Ayush et al., 2021)
+
+
+def finetune(
+    pretrained: Pretrained, splits: tuple[data.Split, data.Split], statistics: tuple[list[float], list[float]],
+    y: list[Tensor], classes: int, epochs: int, rate: float, augment: str, workers: int, batch: int = 64,
+) -> Tensor:  # fmt: skip
+    """Train the image encoder and a linear head on the labelled train images -> probabilities of the test's [m, C].
+
+    NOTE[PAPER] no recipe is given for a ViT: AdamW with weight decay 0.05, warm-up over a tenth and a cosine to 0,
+    label smoothing 0.1, a head that starts at 0 so that its first gradients do not spoil the encoder.
+    """
+    device, size, seed = pretrained.device, pretrained.size, pretrained.about.get("seed") or 0
+    encoder = copy.deepcopy(pretrained.model.image_encoder)
+    head = nn.Linear(encoder.width, classes)
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    network = nn.Sequential(encoder, head).to(device).train()
+    known = (y[0] >= 0).nonzero()[:, 0]
+    batch = min(batch, len(known))
+    steps = epochs * (len(known) // batch)
+    optimizer = torch.optim.AdamW(parameter_groups(network, 0.05), rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1, cycle_momentum=False)
+    order = [known[rows] for rows in data.Order(len(known), batch, 0, steps, seed, 0, 1)]
+    for step, (images, rows) in enumerate(data.load(splits[0], size, order, workers)):
+        epoch = step // (len(known) // batch)
+        draws = data.draw(data.POLICIES[augment], size, seed, epoch, rows.numpy(), 0)
+        x = data.standardise(data.augment(images.to(device, non_blocking=True), draws, size), *statistics)
+        with mixed(device):
+            logits = network(x)
+        optimizer.zero_grad()
+        F.cross_entropy(logits.float(), y[0][rows].to(device), label_smoothing=0.1).backward()
+        optimizer.step()
+        schedule.step()
+    tuned = copy.copy(pretrained)
+    tuned.model = nn.Module()
+    tuned.model.image_encoder = network.eval()
+    return torch.cat(list(image_features(tuned, splits[1], statistics, size, workers))).softmax(1)
+
+
+# -----------------------------------------------------------------------------------------------------
 # Scores
 
 
@@ -375,7 +418,7 @@ def score(
     -> one result for the probe, one for every k for kNN; each says its whole protocol.
     """
     if areas is not None:
-        areas = [area for area, label in zip(areas, y[1].tolist()) if label >= 0]
+        areas = list(itertools.compress(areas, (y[1] >= 0).tolist()))
     (x, test_x), (y, test_y) = ((a[b >= 0] for a, b in zip(x, y)), (b[b >= 0] for b in y))
     y, test_y = y.to(x.device), test_y.to(x.device)
     if protocol == "knn":
@@ -576,93 +619,7 @@ def leakage(
 
 
 # -----------------------------------------------------------------------------------------------------
-# Tables
-
-
-def show(values: list[float], interval: list[float] | None = None) -> str:
-    """Percent: mean ± sample standard deviation of several seeds, or one value with its interval."""
-    numbers = 100 * torch.tensor(values, dtype=torch.float64)
-    if len(numbers) > 1:
-        return f"{numbers.mean():.1f} ± {numbers.std():.1f}"
-    spread = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
-    return f"{numbers[0]:.1f}{spread}" if len(numbers) else "-"
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """Rows of cells, the header first, as a Markdown table."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
-
-
-def format_rows(results: list[dict]) -> str:
-    """Results of one of the other protocols as they are, one a line: what was found, and for whom if that differs."""
-    keys = dict.fromkeys(key for r in results for key in r if not isinstance(r[key], (list, dict)))
-    found = {key for r in results for key in list(r)[list(r).index("features") :]}  # what stands before is the model's
-    keys = [k for k in keys if k in found - {"protocol"} or len({str(r.get(k)) for r in results}) > 1]
-    text = lambda v: "" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v)  # noqa: E731
-    return markdown([[results[0]["protocol"], *keys], *(["", *(text(r.get(k)) for k in keys)] for r in results)])
-
-
-def metric_of(result: dict, metric: str) -> str:
-    """"paper" is macro-F1 on fMoW and FGSC-23, accuracy elsewhere (Section 4.2), by the dataset's folder."""
-    unbalanced = Path(result.get("data", "")).name.lower().startswith(("fmow", "fgsc"))
-    return ("macro_f1" if unbalanced else "accuracy") if metric == "paper" else metric
-
-
-MODEL_FREE = ("location only", "identity", "colour histograms")  # features that no model has made
-
-
-def format_table(results: list[dict], k: int | None = 20, metric: str = "accuracy", interval: bool = False) -> str:
-    """Markdown: a row for each model and kind of features, a column for each dataset, label and protocol, percent.
-
-    Results that differ in the seed alone become one cell, mean ± sample standard deviation. Settings that differ
-    among the models are named in their rows. Of the kNN results one k is shown; NOTE[PAPER] 20, fixed beforehand,
-    where the paper reports each dataset's best.
-    """
-    shown = [r for r in results if r.get("k", k) == k]
-    varying = [s for s in SETTINGS if len({str(r[s]) for r in shown if s in r}) > 1]
-    several = len({r.get("data") for r in shown}) > 1
-
-    def row(r: dict) -> str:
-        if "checkpoint" not in r or r["features"] in MODEL_FREE:
-            return r["features"]
-        encoder = f" ({r['metadata_encoder']})" if r["metadata_encoder"] != "none" else ""
-        return ", ".join([r["method"] + encoder, *(f"{s}={r[s]}" for s in varying if s in r), r["features"]])
-
-    def column(r: dict) -> str:
-        parts = [Path(r.get("data", "")).name] * several + [r["label"].removeprefix("label_")]
-        parts += [f"kNN k={k}" if r["protocol"] == "knn" else r["protocol"], "by area"]
-        return " ".join(parts[: len(parts) - (r.get("averaged") != "area")])
-
-    cells = {}  # (row, column) -> {seed: result}
-    for r in shown:
-        cells.setdefault((row(r), column(r)), {})[r.get("seed")] = r
-    rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
-
-    def cell(found: list[dict]) -> str:
-        limits = found[0].get(metric_of(found[0], metric) + "_interval") if found and interval else None
-        return show([r[metric_of(r, metric)] for r in found], limits)
-
-    lines = [[name, *(cell(list(cells.get((name, c), {}).values())) for c in columns)] for name in rows]
-    return markdown([[f"{metric} (%)", *columns], *lines])
-
-
-# -----------------------------------------------------------------------------------------------------
 # Pictures
-
-
-def canvas(rows: int, columns: int, width: float, height: float, **keywords):
-    """-> a figure and its [rows, columns] axes, without ticks; drawn to a file, never to a screen."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, **keywords)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    return figure, axes
 
 
 def picture_neighbours(
@@ -739,10 +696,12 @@ def write_rows(path: Path, rows: Callable[[int], Iterator[Tensor]], n: int, widt
     unfinished, header = path.with_name(path.name + ".unfinished"), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (n, width)})
     header = header.getvalue()
-    there = unfinished.read_bytes() if unfinished.is_file() else b""
-    done = max(0, len(there) - len(header)) // (4 * width) // batch * batch
-    with open(unfinished, "wb") as file:
-        file.write(header + there[len(header) :][: 4 * width * done])
+    unfinished.touch()
+    done = max(0, unfinished.stat().st_size - len(header)) // (4 * width) // batch * batch
+    with open(unfinished, "r+b") as file:
+        file.write(header)
+        file.truncate(len(header) + 4 * width * done)
+        file.seek(0, io.SEEK_END)
         for x in rows(done):
             file.write(x.cpu().numpy().astype("<f4").tobytes())
             file.flush()
@@ -755,20 +714,15 @@ def export(args: argparse.Namespace) -> None:
     pretrained, state = load_pretrained(args.checkpoint, torch.device(args.device))
     if "metadata" in args.modality and pretrained.encoder == "none":
         raise BadInput(f"{args.checkpoint}: {state['config']['method']} has no metadata encoder; use --modality image")
-    c, out, digest = pretrained.model.config, args.output, hashlib.sha256()
-    for name, tensor in sorted(state["model"].items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    width, layers, heads = VITS[c.vit]
-    timm = {"img_size": c.image_size, "patch_size": c.patch_size, "embed_dim": width, "depth": layers}
-    about = {
-        "timm": {"model": "vit_base_patch16_224", "arguments": timm | {"num_heads": heads, "num_classes": 0}},
-        "heads": heads, "mean": state["channel_mean"], "std": state["channel_std"], "channels": "RGB in 0..1",
-        "feature": "CLS token after the norm", "sha256 of the checkpoint's weights": digest.hexdigest(),
-    }  # fmt: skip
+    c, out = pretrained.model.config, args.output
+    about = describe_encoder(pretrained.model, state["channel_mean"], state["channel_std"])
     if args.data:
         splits = data.read_dataset(args.data, pretrained.fields, captions=pretrained.encoder == "text")
         statistics = data.channel_statistics(splits[0], c.image_size, args.workers)
-        about["features"] = {"data": str(args.data), "rows": list(map(len, splits)), "mean, std": list(statistics)}
+        about["features"] = {
+            "data": str(args.data), "rows": list(map(len, splits)), "mean": statistics[0], "std": statistics[1],
+            "rows at a time": args.batch_size,
+        }  # fmt: skip
     about = json.dumps(about, indent=1)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "encoder.json").is_file() and (out / "encoder.json").read_text() != about:
@@ -779,7 +733,7 @@ def export(args: argparse.Namespace) -> None:
         stem = split.folder.name
         (out / f"{stem}.ids.json").write_text(json.dumps([split.names[i] for i in range(len(split))]))
         streams = {
-            "image": (width, lambda start: image_features(
+            "image": (pretrained.model.image_encoder.width, lambda start: image_features(
                 pretrained, split, statistics, c.image_size, args.workers, args.batch_size, start)),
             "metadata": (c.metadata_width, lambda start: metadata_features(
                 pretrained, split.table, args.batch_size, start)),
@@ -835,8 +789,26 @@ def named_features(
     return scored[0], {name: tuple(x.to(pretrained.device) for x in pair) for name, pair in named.items()}
 
 
-PROTOCOLS = ("knn", "linear", "retrieval", "ask", "missing", "leakage")
+PROTOCOLS = ("knn", "linear", "finetune", "retrieval", "ask", "missing", "leakage")
 BIMODAL = ("retrieval", "ask", "missing", "leakage")  # protocols of both encoders, whatever --modality says
+
+
+def score_finetuned(
+    pretrained: Pretrained, splits: tuple[data.Split, data.Split], statistics, labels: list[str],
+    areas: list[str | None] | None, args: argparse.Namespace,
+) -> list[dict]:  # fmt: skip
+    """The encoder fine-tuned on each label, and if that baseline is asked for, trained on it from scratch."""
+    networks, results = {"image": pretrained}, []
+    networks |= {"image, random weights": untrained(pretrained)} if "random" in args.baselines else {}
+    recipe = {"finetune_epochs": args.finetune_epochs, "finetune_lr": args.finetune_lr, "policy": args.augment}
+    for label, (name, network) in itertools.product(labels, networks.items()):
+        classes, y = data.class_ids(label, *splits)
+        known, options = y[1] >= 0, (*recipe.values(), args.workers)
+        probabilities = finetune(network, splits, statistics, y, len(classes), *options)[known]
+        places = areas and list(itertools.compress(areas, known.tolist()))
+        scores = judge(probabilities, y[1][known].to(probabilities.device), len(classes), places)
+        results.append({"features": name, "label": label, "protocol": "finetune", **recipe, **scores})
+    return results
 
 
 def evaluate(args: argparse.Namespace) -> list[dict]:
@@ -864,6 +836,8 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
             for protocol in args.protocol:
                 if protocol in ("knn", "linear"):
                     found += score_all(named, splits, labels, [protocol], areas)
+                elif protocol == "finetune":
+                    found += score_finetuned(pretrained, splits, channels, labels, areas, args)
                 elif protocol == "retrieval":
                     found += retrieval(embed(pretrained, features[1]))
                 elif protocol == "ask":
@@ -872,8 +846,11 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
                     found += missing_fields(pretrained, splits, features, labels)
                 elif protocol == "leakage":
                     found += leakage(splits, features, labels)
-            if args.picture:
-                picture_places(pretrained, splits[1], channels, pretrained.size, args.picture)
+            if args.places:
+                picture_places(pretrained, splits[1], channels, pretrained.size, args.places)
+            if args.map:
+                classes, (ids,) = data.class_ids(labels[0], splits[1])
+                tables.picture_map(named[has[0]][1], ids, classes, labels[0], args.map)
             found = [{**pretrained.about, "data": str(folder), "image_size": pretrained.size, **r} for r in found]
             results += found
             if args.output:  # at once: what is done stays done when a later model fails
@@ -888,26 +865,19 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     return results
 
 
-def read_results(paths: list[Path]) -> list[dict]:
-    """The lines of results files. BadInput names a file that is not there or a line that is no result."""
-    results = []
-    for path in paths:
-        if not path.is_file():
-            raise BadInput(f"{path}: no such file; give results.jsonl files of run folders")
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                results.append(json.loads(line))
-                results[-1]["features"], results[-1]["label"], results[-1]["protocol"], results[-1]["accuracy"]
-            except (ValueError, KeyError, TypeError):
-                raise BadInput(f"{path}, line {number}: not a result of train.py or evaluate.py") from None
-    return results
-
-
 def print_table(args: argparse.Namespace) -> None:
-    """The command: results of several files as one table."""
+    """The command: results of several files as one table, or as one of the paper's."""
     results = read_results(args.files)
     for metric in args.metric:
-        print(format_table(results, args.k, metric, args.intervals) + "\n")
+        if args.paper:
+            print(tables.paper_table(results, args.paper, args.k, metric) + "\n")
+        else:
+            print(format_table(results, args.k, metric, args.intervals) + "\n")
+
+
+def print_plot(args: argparse.Namespace) -> None:
+    """The command: results of several files as a picture."""
+    tables.plot(read_results(args.files), args.kind, args.output, args.k, args.metric[0])
 
 
 METRICS = ("accuracy", "macro_f1", "paper")
@@ -923,6 +893,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         found.set_defaults(command=function)
         return found
 
+    p = command("plot", print_plot, "draw results files: time (Fig. 3), fields, modality or missing fields as bars")
+    p.add_argument("kind", choices=tuple(tables.PLOTS))
+    p.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results of score --output")
+    p.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture to write")
     c = command("score", evaluate, "score checkpoints of train.py, or the weights of others, on datasets")
     what = c.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE", help="RUN/checkpoint.pt, one or several")
@@ -935,10 +909,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     c.add_argument("--modality", choices=("image", "metadata", "both"), nargs="+", default=["image"])
     c.add_argument("--baselines", choices=("random", "identity", "location"), nargs="*", default=["location"],
                    help="untrained weights; raw metadata and place alone (both beside metadata)")  # fmt: skip
+    c.add_argument("--finetune-epochs", type=int, default=10, help="of --protocol finetune")
+    c.add_argument("--finetune-lr", type=float, default=3e-4, help="its peak learning rate, for batches of 64")
+    c.add_argument("--augment", choices=tuple(data.POLICIES), default="crop", help="its augmentation")
     c.add_argument("--label", help="one label of the dataset; default: all of them")
     c.add_argument("--average-areas", action="store_true", help="average probabilities over the images of an area")
     c.add_argument("--image-size", type=int, help="px; default: as in training (224 for --weights)")
-    c.add_argument("--picture", type=Path, metavar="FILE", help="draw where on Earth the model places test images")
+    c.add_argument("--places", type=Path, metavar="FILE", help="draw where on Earth the model places test images")
+    c.add_argument("--map", type=Path, metavar="FILE", help="draw the test features' two principal components")
     c.add_argument("--output", type=Path, metavar="FILE", help="append one JSON line per result to this file")
     e = command("export", export, "the image encoder by timm's names, and features of a dataset; resumes when stopped")
     e.add_argument("checkpoint", type=Path, help="RUN/checkpoint.pt")
@@ -948,13 +926,16 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     e.add_argument("--batch-size", type=int, default=512, help="rows at a time")
     t = command("table", print_table, "print results files as one table")
     t.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results.jsonl of train.py or score --output")
-    t.add_argument("--k", type=int, default=20, help="neighbours of the kNN results shown")
+    t.add_argument("--paper", metavar="NUMBER", help="as this table of the paper, its numbers beside: 2-6, S4-S6, S8")
     for reader in (c, e):
         reader.add_argument("--workers", type=int, default=2, help="processes that decode images")
         reader.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for table, metrics in ((c, ["accuracy", "macro_f1"]), (t, ["accuracy"])):
-        table.add_argument("--metric", choices=METRICS, nargs="+", default=metrics, help="paper: F1 on fMoW, FGSC-23")
+    for reader in (t, p):
+        reader.add_argument("--k", type=int, default=20, help="neighbours of the kNN results shown")
+    for table in (c, t):
         table.add_argument("--intervals", action="store_true", help="show the 95 %% bootstrap interval of single runs")
+    for table, metrics in ((c, ["accuracy", "macro_f1"]), (t, ["accuracy"]), (p, ["accuracy"])):
+        table.add_argument("--metric", choices=METRICS, nargs="+", default=metrics, help="paper: F1 on fMoW, FGSC-23")
     if argv[:1] == ["--table"]:
         argv = ["table", *argv[1:]]
     elif argv and argv[0].startswith("--") and argv[0] != "--help":

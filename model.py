@@ -9,6 +9,7 @@ dimension, H heads. Every encoder returns its CLS row after the last norm, [B, D
 """
 
 import argparse
+import hashlib
 import math
 import pickle
 import re
@@ -479,6 +480,20 @@ class SatMIP(nn.Module):
             # NOTE[PAPER] batch statistics of each view apart, as in SLIP
             first, second = unit(self.image_mlp(features[-2])), unit(self.image_mlp(features[-1]))
         return Embeddings(image, encoded, first, second, scale)
+
+
+def describe_encoder(model: SatMIP, mean: list[float], std: list[float]) -> dict:
+    """What another program must know to use the image encoder's state dict, as plain types for JSON."""
+    c, digest = model.config, hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    width, layers, heads = VITS[c.vit]
+    shape = {"img_size": c.image_size, "patch_size": c.patch_size, "embed_dim": width, "depth": layers}
+    return {
+        "timm": {"model": "vit_base_patch16_224", "arguments": {**shape, "num_heads": heads, "num_classes": 0}},
+        "heads": heads, "mean": mean, "std": std, "channels": "red, green, blue in 0..1",
+        "feature": "CLS token after the norm", "sha256": digest.hexdigest(),
+    }  # fmt: skip
 
 
 def unit(x: Tensor) -> Tensor:

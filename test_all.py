@@ -43,6 +43,7 @@ import evaluate
 import losses
 import metadata
 import model
+import tables
 import train
 from metadata import POSTER, BadInput, TableSchema, Tokenizer, caption, parse_fields, parse_timestamp, table_row
 
@@ -949,6 +950,22 @@ def test_linear_probe_reaches_the_optimum():
     assert abs(loss - objective(p)) < 1e-6 and 0.5 < loss < 1.05
 
 
+def test_finetuning_learns(run, dataset):
+    """Colours of four kinds are learnt by heart; the checkpoint's own encoder stays as it was; a seed repeats it."""
+    pretrained, state = evaluate.load_pretrained(run("simclr") / "checkpoint.pt", torch.device("cpu"))
+    splits = data.read_dataset(dataset, DEFAULT)
+    classes, y = data.class_ids("label_kind", *splits)
+    statistics = state["channel_mean"], state["channel_std"]
+    first, again = (
+        evaluate.finetune(pretrained, splits, statistics, y, len(classes), 4, 1e-3, "crop", 0) for _ in range(2)
+    )
+    known = y[1] >= 0
+    assert evaluate.accuracy(first[known].argmax(1), y[1][known]) > 0.8 and torch.equal(first, again)
+    assert worst(first.sum(1), torch.ones(16)) < 1e-5
+    own = pretrained.model.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in state["model"].items())
+
+
 def test_scores_by_hand():
     """Accuracy; macro-F1 over the classes that occur among predictions or truths."""
     predicted, true = torch.tensor([0, 0, 1, 1, 2, 4]), torch.tensor([0, 1, 1, 1, 0, 0])
@@ -1085,6 +1102,64 @@ def test_table_of_results():
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in evaluate.format_table(results).splitlines()]
     assert rows[0] == ["accuracy (%)", "kind kNN k=20", "kind linear"]
     assert rows[2:] == [["image", "55.0 \xb1 7.1", "-"], ["both", "-", "25.0"]]
+
+
+def made_results() -> list[dict]:
+    """What scoring three methods at two lengths, two seeds and two sets of fields might write."""
+    results = []
+    for method, epochs, seed in itertools.product(("simclr", "satmip", "satmips"), (25, 50), (0, 1)):
+        cost = {"simclr": 1.0, "satmip": 0.5, "satmips": 1.25}[method]
+        common = {"checkpoint": "x", "method": method, "metadata_encoder": "table", "epochs": epochs, "seed": seed}
+        common |= {"seconds": 10 * cost * epochs, "memory": 2**30 * cost, "data": "d/fmow", "label": "label"}
+        common |= {"fields": ("gsd", "location")[seed], "loss_weight": 1.0, "augment": "strong"}
+        for features, k in itertools.product(("image", "both"), (5, 20)):
+            score = {"accuracy": 0.9, "macro_f1": 0.5 + 0.1 * seed}
+            results.append({**common, "features": features, "protocol": "knn", "k": k, **score})
+            results.append({**common, "features": features, "protocol": "linear", **score})
+        if method != "simclr":
+            score = {"features": "both", "protocol": "missing", "accuracy": 0.5, "macro_f1": 0.5}
+            results += [{**common, **score, "blanked": 0.5}, {**common, **score, "without": "gsd"}]
+        results.append({**common, "features": "image to metadata", "protocol": "retrieval", "recall_1": 0.5})
+    return results
+
+
+def test_tables_of_the_paper():
+    """Our scores and costs in the paper's rows, its numbers beside, as they are printed there."""
+
+    def cells(number: str) -> dict[str, list[str]]:
+        text = tables.paper_table(made_results(), number)
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+        return {row[0]: row[1:] for row in rows}
+
+    with open(HERE / "paper_tables.csv", encoding="utf-8") as file:
+        numbers = {line.split(";")[0] for line in file if line[0] not in "#t"}
+    assert numbers == {"2", "3", "4", "5", "6", "S4", "S5", "S6", "S8"} and all(map(cells, numbers))
+    two = cells("2")
+    names = "fMoW F1,R45,O31,UCM,F23 F1,Euro,So2".split(",")
+    assert two["Table 2"] == ["fmow label F1", *(f"paper: {name}" for name in names)]
+    assert two["method=satmips"][:3] == ["55.0 \xb1 5.8", "62.3 \xb1 0.0", "89.7 \xb1 0.2"]
+    five, six = cells("5"), cells("S6")
+    theirs = ["47.1 \xb1 0.2", "53.3 \xb1 0.2", "76.1 \xb1 0.7"]
+    assert five["fields=location"] == ["60.0 \xb1 0.0", "60.0 \xb1 0.0", *theirs]
+    assert five["fields=all"][:2] == ["-", "-"]
+    assert cells("S8")["method=satmips"][1:] == ["12.50", "1.25", "1.25", "1.25", "1.05", "1.11"]
+    theirs = ["27.8 \xb1 0.1", "27.8 \xb1 0.2"]
+    assert six["method=satmip metadata_encoder=table features=metadata"] == ["-", *theirs]
+    with pytest.raises(BadInput, match="--paper 7: not one of 2, 3, 4"):
+        tables.paper_table([], "7")
+
+
+@pytest.mark.parametrize("kind", tables.PLOTS)
+def test_plots(kind, tmp_path):
+    """A picture of each kind; training time is relative to SimCLR's shortest run."""
+    tables.plot(made_results(), kind, tmp_path / "x.png")
+    assert min(Image.open(tmp_path / "x.png").size) > 300
+    results = made_results()
+    times = tables.relative_times(results)
+    assert {times[id(r)] for r in results if r["method"] == "satmip"} == {0.5, 1.0}
+    for unfit in ([], [r for r in results if r["method"] != "simclr" and kind == "time"]):
+        with pytest.raises(BadInput, match=f"plot {kind}"):
+            tables.plot(unfit, kind, tmp_path / "y.png")
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -1343,7 +1418,8 @@ def test_evaluate_many_at_once(run, dataset, tmp_path, capsys):
         kept = ("file_name", "gsd", "location", "label_kind") if folder == bare else records[0].keys()  # as EuroSAT has
         path.write_text("".join(json.dumps({key: r[key] for key in kept if key in r}) + "\n" for r in records))
     argv = ["--checkpoint", *(str(run(name) / "checkpoint.pt") for name in ("table", "simclr"))]
-    argv += ["--data", str(whole), str(bare), "--protocol", "knn", "linear", "--modality", "image", "both"]
+    argv += ["--data", str(whole), str(bare), "--protocol", "knn", "linear", "finetune", "--modality", "image", "both"]
+    argv += ["--finetune-epochs", "1"]
     argv += ["--baselines", "random", "identity", "location", "--average-areas", "--workers", "0"]
     evaluate.main([*argv, "--intervals", "--output", str(tmp_path / "out.jsonl")])
     results = json_lines(tmp_path / "out.jsonl")
@@ -1359,13 +1435,14 @@ def test_evaluate_many_at_once(run, dataset, tmp_path, capsys):
 
 
 def test_export_and_its_resumption(run, dataset, tmp_path, monkeypatch):
-    """The encoder gives the same features elsewhere; killed midway and started again, the features are the same bytes."""
+    """The encoder gives the same features elsewhere; killed midway and started again, they are the same bytes."""
     argv = ["--data", str(dataset), "--modality", "image", "metadata", "--batch-size", "7", "--workers", "0"]
     start, whole, broken = str(run("table") / "checkpoint.pt"), tmp_path / "whole", tmp_path / "broken"
     evaluate.main(["export", start, str(whole), *argv])
     load = data.load
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        batches = lambda *args: (b if i < 3 else signal.raise_signal(signal.SIGINT) for i, b in enumerate(load(*args)))  # noqa: E731
+        stop = lambda i, batch: batch if i < 3 else signal.raise_signal(signal.SIGINT)  # noqa: E731
+        batches = lambda *args: itertools.starmap(stop, enumerate(load(*args)))  # noqa: E731
         statistics = data.channel_statistics(data.read_split(dataset / "train", ALL), 32, 0)
         patch.setattr(data, "channel_statistics", lambda *args: statistics)
         patch.setattr(data, "load", batches)
@@ -1383,7 +1460,7 @@ def test_export_and_its_resumption(run, dataset, tmp_path, monkeypatch):
     vit = model.ViT(size, made["patch_size"], made["embed_dim"], made["depth"], about["heads"])
     vit.load_state_dict(torch.load(whole / "encoder.pt", weights_only=True))
     images = torch.from_numpy(np.stack([data.load_image(dataset / "test" / name, size) for name in names]))
-    x = data.standardise(data.plain(images), *about["features"]["mean, std"])
+    x = data.standardise(data.plain(images), about["features"]["mean"], about["features"]["std"])
     assert worst(vit(x), np.load(whole / "test.image.npy")) < 1e-4
     other = str(run("simclr") / "checkpoint.pt")
     assert "another checkpoint" in complaint(evaluate.main, "export", other, whole, "--data", dataset, "--workers", 0)
@@ -1394,10 +1471,12 @@ def test_export_and_its_resumption(run, dataset, tmp_path, monkeypatch):
 def test_protocols_of_both_encoders(run, dataset, name, tmp_path, capsys):
     """Retrieval, questions, missing fields, leakage: what they find is what a slow hand finds."""
     argv = ["--checkpoint", str(run(name) / "checkpoint.pt"), "--workers", "0"]
-    argv += ["--output", str(tmp_path / "out.jsonl"), "--picture", str(tmp_path / "places.png")]
+    argv += ["--output", str(tmp_path / "out.jsonl"), "--places", str(tmp_path / "places.png")]
+    argv += ["--map", str(tmp_path / "map.png")]
     evaluate.main([*argv, "--protocol", "retrieval", "ask", "missing", "leakage", "linear", "--modality", "both"])
     results = {p: [r for r in json_lines(tmp_path / "out.jsonl") if r["protocol"] == p] for p in evaluate.PROTOCOLS}
-    assert min(Image.open(tmp_path / "places.png").size) > 100 and "median_rank" in capsys.readouterr().out
+    assert all(min(Image.open(picture).size) > 100 for picture in tmp_path.glob("*.png"))
+    assert len(list(tmp_path.glob("*.png"))) == 2 and "median_rank" in capsys.readouterr().out
     country = {"country"} if name == "table" else set()
     assert {r["label"] for r in results["ask"]} == {"month", "hour", "gsd", "place"} | country
     pretrained, state = evaluate.load_pretrained(run(name) / "checkpoint.pt", torch.device("cpu"))
@@ -1565,7 +1644,8 @@ OURS = {  # the import graph, in reading order
     "model": {"metadata"},
     "losses": set(),
     "data": {"metadata"},
-    "evaluate": {"model", "metadata", "data"},
+    "tables": {"metadata"},
+    "evaluate": {"model", "metadata", "data", "tables"},
     "train": {"metadata", "model", "losses", "data", "evaluate"},
 }
 
@@ -1576,7 +1656,7 @@ def source(name: str) -> ast.Module:
 
 @pytest.mark.parametrize("name", OURS)
 def test_files_and_imports(name):
-    """Seven files; each imports of ours what the design allows, else what requirements.txt names."""
+    """Eight files; each imports of ours what the design allows, else what requirements.txt names."""
     assert {path.stem for path in HERE.glob("*.py")} == {*OURS, "test_all"}
     nodes = list(ast.walk(source(name)))
     found = {alias.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for alias in n.names}
@@ -1591,6 +1671,15 @@ def test_every_option_is_used():
     nodes = [n for f in functions for n in ast.walk(f) if isinstance(n, ast.Attribute)]
     used = {n.attr for n in nodes if isinstance(n.value, ast.Name) and n.value.id == "config"}
     assert {f.name for f in dataclasses.fields(train.Config)} - used == set()
+
+
+def test_every_option_of_evaluate_is_used():
+    """Each option of its commands is read as args.<name>."""
+    nodes = list(ast.walk(source("evaluate")))
+    used = {n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "args"}
+    calls = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "add_argument"]
+    names = {call.args[0].value.lstrip("-").replace("-", "_") for call in calls}
+    assert len(names) > 20 and names - used == set()
 
 
 @pytest.mark.parametrize("name", ["README.md", "data.py", "evaluate.py", "train.py"])
