@@ -1,11 +1,16 @@
-"""What frozen features are worth: kNN and linear probe on image, metadata or both (Section 4.2, supplement C, D).
+"""What a pretrained encoder is worth: every protocol of the paper and some of its open questions (Section 4.2-4.7,
+supplement C, D, G).
 
     python evaluate.py --checkpoint runs/demo-satmips/checkpoint.pt --protocol knn --modality image
-    python evaluate.py --checkpoint RUN/checkpoint.pt --data DIR --protocol linear --modality both --output out.jsonl
-    python evaluate.py --table runs/*/results.jsonl
+    python evaluate.py --checkpoint runs/*/checkpoint.pt --protocol linear --modality image both --output results.jsonl
+    python evaluate.py --weights slip_small_100ep.pt --source slip --data DIR
+    python evaluate.py table results.jsonl --paper 5
+    python evaluate.py plot time results.jsonl --output figure3.png
+    python evaluate.py export runs/demo-satmips/checkpoint.pt OUT --data DIR
 
-In this order: checkpoint -> features -> kNN -> linear probe -> scores -> tables -> pictures -> main. The features are
-the CLS outputs of the backbones, before the projections. Fitted on the train split, scored on the test split.
+In this order: checkpoint -> features -> kNN -> linear probe -> fine-tuning -> scores -> retrieval and questions ->
+missing fields and leakage -> pictures -> export -> commands. The features are the CLS outputs of the backbones, before
+the projections. Fitted on the train split, scored on the test split. Tables and plots of the results: tables.py.
 """
 
 import argparse

@@ -208,12 +208,14 @@ def plot(results: list[dict], kind: str, path: Path, k: int = 20, metric: str = 
     time relative to SimCLR (Fig. 3), the others bars: fields (Table 5), modality (Tables 3, S6), missing fields."""
     wanted = [r for r in results if "checkpoint" in r and "accuracy" in r and r.get("k", k) == k]
     wanted = [r for r in wanted if (r["protocol"] == "missing") == (kind == "missing") and r["protocol"] != "ask"]
-    wanted = [r for r in wanted if r["features"] not in MODEL_FREE] if kind in ("time", "fields") else wanted
+    hidden = {"time": lambda r: r["features"] != "image", "fields": lambda r: r["features"] in MODEL_FREE}.get(kind)
+    wanted = [r for r in wanted if not (hidden and hidden(r))]
     if not wanted:
         raise BadInput(f"plot {kind}: no result of that kind; evaluate.py score --output writes them")
     over, colour = PLOTS[kind]
     times = relative_times(wanted) if kind == "time" else {}
-    title = lambda r: f"{Path(r['data']).name}: {r['label'].removeprefix('label_')}, {r['protocol']}"  # noqa: E731
+    protocol = lambda r: f"kNN k={k}" if r["protocol"] == "knn" else r["protocol"]  # noqa: E731
+    title = lambda r: f"{Path(r['data']).name}: {r['label'].removeprefix('label_')}, {protocol(r)}"  # noqa: E731
     panels = list(dict.fromkeys(map(title, wanted)))
     figure, axes = canvas(1, len(panels), 1.5 + 4 * len(panels), 3.6, ticks=True)
     for axis, panel in zip(axes[0], panels):
@@ -227,18 +229,19 @@ def plot(results: list[dict], kind: str, path: Path, k: int = 20, metric: str = 
                     scores = 100 * torch.tensor([r[metric_of(r, metric)] for r in found], dtype=torch.float64)
                     place = groups.index(group) + 0.8 * ((number + 0.5) / len(series) - 0.5)
                     x = sum(times[id(r)] for r in found) / len(found) if times else place
-                    points.append((x, scores.mean().item(), scores.std().item() if len(scores) > 1 else 0))
+                    points.append((x, scores.mean().item(), scores.std().item() if len(scores) > 1 else float("nan")))
             x, mean, deviation = zip(*points)
             if kind == "time":
                 axis.errorbar(x, mean, deviation, marker="o", capsize=3, label=name)
             else:
                 axis.bar(x, mean, 0.75 / len(series), yerr=deviation, capsize=3, label=name)
         if kind == "time":
-            axis.set(xscale="log", xlabel="training time relative to SimCLR's shortest")
+            axis.set(xlabel="training time relative to SimCLR's shortest")
         else:
             axis.set_xticks(range(len(groups)), groups, rotation=30, ha="right")
         axis.set_title(panel, fontsize=10)
         axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel(f"{metric} (%)")
     axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
