@@ -819,15 +819,18 @@ def score_finetuned(
 def evaluate(args: argparse.Namespace) -> list[dict]:
     """The command: every model on every dataset; read, extract, score, print, write."""
     results, statistics, bimodal = [], {}, [p for p in args.protocol if p in BIMODAL]
+    unlabelled = set(args.protocol) <= {"retrieval", "ask"} and not args.map
     for pretrained, folders in models(args):
         has = [m for m in args.modality if m == "image" or pretrained.encoder != "none"]
-        if not has or (bimodal and pretrained.encoder == "none"):
+        if not has or ((bimodal or args.places) and pretrained.encoder == "none"):
             path, method = pretrained.about["checkpoint"], pretrained.about["method"]
             raise BadInput(f"{path}: {method} has no metadata encoder; use --modality image, --protocol knn or linear")
+        if args.places and "location" not in {field.name for field in pretrained.fields}:
+            raise BadInput(f"--places: {pretrained.about['checkpoint']} was trained without the field location")
         for folder in folders:
             splits = data.read_dataset(folder, pretrained.fields, captions=pretrained.encoder == "text")
             labels = label_names(splits)
-            if args.label not in (None, *labels) or not (labels or set(args.protocol) <= {"retrieval", "ask"}):
+            if args.label not in (None, *labels) or not (labels or unlabelled):
                 train, test = (", ".join(sorted(split.labels)) or "none" for split in splits)
                 what = f"no label {args.label}" if args.label else "no label"
                 raise BadInput(f"{folder}: {what} in both splits; train has: {train}; test has: {test}")
@@ -888,6 +891,13 @@ def print_plot(args: argparse.Namespace) -> None:
 METRICS = ("accuracy", "macro_f1", "paper")
 
 
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def arguments(argv: list[str]) -> argparse.Namespace:
     """Command line -> its options, and as `command` the function to call with them."""
     parser = argparse.ArgumentParser(description="What frozen features are worth. Without a command name: score.")
@@ -907,19 +917,19 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE", help="RUN/checkpoint.pt, one or several")
     what.add_argument("--weights", type=Path, metavar="FILE", help="an image encoder of another work")
     c.add_argument("--source", choices=tuple(SOURCES), help="whose weights --weights are: layout, heads, statistics")
-    c.add_argument("--heads", type=int, help="attention heads of --weights, where they are not its source's usual")
+    c.add_argument("--heads", type=positive, help="attention heads of --weights, where they are not its source's usual")
     c.add_argument("--position-scale", type=float, default=1.0, help="Scale-MAE: m a pixel, relative to its base")
     c.add_argument("--data", type=Path, nargs="+", metavar="DIR", help="datasets; default: the one of the training")
     c.add_argument("--protocol", choices=PROTOCOLS, nargs="+", default=["knn"])
     c.add_argument("--modality", choices=("image", "metadata", "both"), nargs="+", default=["image"])
     c.add_argument("--baselines", choices=("random", "identity", "location"), nargs="*", default=["location"],
                    help="untrained weights; raw metadata and place alone (both beside metadata)")  # fmt: skip
-    c.add_argument("--finetune-epochs", type=int, default=10, help="of --protocol finetune")
+    c.add_argument("--finetune-epochs", type=positive, default=10, help="of --protocol finetune")
     c.add_argument("--finetune-lr", type=float, default=3e-4, help="its peak learning rate, for batches of 64")
     c.add_argument("--augment", choices=tuple(data.POLICIES), default="crop", help="its augmentation")
     c.add_argument("--label", help="one label of the dataset; default: all of them")
     c.add_argument("--average-areas", action="store_true", help="average probabilities over the images of an area")
-    c.add_argument("--image-size", type=int, help="px; default: as in training (224 for --weights)")
+    c.add_argument("--image-size", type=positive, help="px; default: as in training (224 for --weights)")
     c.add_argument("--places", type=Path, metavar="FILE", help="draw where on Earth the model places test images")
     c.add_argument("--map", type=Path, metavar="FILE", help="draw the test features' two principal components")
     c.add_argument("--output", type=Path, metavar="FILE", help="append one JSON line per result to this file")
@@ -928,7 +938,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     e.add_argument("output", type=Path, help="folder to write to")
     e.add_argument("--data", type=Path, metavar="DIR", help="dataset whose features are wanted")
     e.add_argument("--modality", choices=("image", "metadata"), nargs="+", default=["image"])
-    e.add_argument("--batch-size", type=int, default=512, help="rows at a time")
+    e.add_argument("--batch-size", type=positive, default=512, help="rows at a time")
     t = command("table", print_table, "print results files as one table")
     t.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results.jsonl of train.py or score --output")
     t.add_argument("--paper", metavar="NUMBER", help="as this table of the paper, its numbers beside: 2-6, S4-S6, S8")
@@ -936,7 +946,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         reader.add_argument("--workers", type=int, default=2, help="processes that decode images")
         reader.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for reader in (t, p):
-        reader.add_argument("--k", type=int, default=20, help="neighbours of the kNN results shown")
+        reader.add_argument("--k", type=positive, default=20, help="neighbours of the kNN results shown")
     for table in (c, t):
         table.add_argument("--intervals", action="store_true", help="show the 95 %% bootstrap interval of single runs")
     for table, metrics in ((c, ["accuracy", "macro_f1"]), (t, ["accuracy"]), (p, ["accuracy"])):

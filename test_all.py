@@ -1580,6 +1580,8 @@ WRONG_OPTIONS = {
     "evaluate --modality metadata": "simclr",
     "evaluate --label nope": "label_kind",
     "evaluate --protocol ask": "simclr",
+    "evaluate --places x.png": "simclr",
+    "evaluate --average-areas": "'a0'",  # whose two images are of different kinds
     "evaluate --image-size 33": "33",
     "evaluate --data nowhere": "nowhere",
 }
@@ -1598,6 +1600,7 @@ def test_wrong_options(run, dataset, options):
 
 
 UNKNOWN = "train --method nope,train --nope 1,train --epochs many,evaluate --checkpoint x --protocol nope,data nope"
+UNKNOWN += ",evaluate --checkpoint x --finetune-epochs 0,evaluate plot nope x,evaluate,evaluate --weights x --source nope"
 
 
 @pytest.mark.parametrize("command", UNKNOWN.split(","))
