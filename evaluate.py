@@ -881,6 +881,9 @@ def print_table(args: argparse.Namespace) -> None:
             print(tables.paper_table(results, args.paper, args.k, metric) + "\n")
         else:
             print(format_table(results, args.k, metric, args.intervals) + "\n")
+    for protocol in () if args.paper else dict.fromkeys(r["protocol"] for r in results):
+        if protocol in BIMODAL:
+            print(format_rows([r for r in results if r["protocol"] == protocol]) + "\n")
 
 
 def print_plot(args: argparse.Namespace) -> None:

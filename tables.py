@@ -76,6 +76,7 @@ def metric_of(result: dict, metric: str) -> str:
     return ("macro_f1" if unbalanced else "accuracy") if metric == "paper" else metric
 
 
+SCORED = ("knn", "linear", "finetune")  # protocols with one score a label: those that tables have cells for
 MODEL_FREE = ("location only", "identity", "colour histograms")  # features that no model has made
 
 
@@ -86,7 +87,7 @@ def format_table(results: list[dict], k: int | None = 20, metric: str = "accurac
     among the models are named in their rows. Of the kNN results one k is shown; NOTE[PAPER] 20, fixed beforehand,
     where the paper reports each dataset's best.
     """
-    shown = [r for r in results if "accuracy" in r and r.get("k", k) == k]
+    shown = [r for r in results if r["protocol"] in SCORED and r.get("k", k) == k]
     varying = [s for s in SETTINGS if len({str(r[s]) for r in shown if s in r}) > 1]
     several = len({r.get("data") for r in shown}) > 1
 
@@ -131,8 +132,8 @@ def costs(results: list[dict], simclr: list[dict]) -> list[str]:
 def paper_table(results: list[dict], number: str, k: int = 20, metric: str = "paper") -> str:
     """One of the paper's tables in Markdown: its rows, in them our scores and, beside, the paper's where known.
 
-    A row is a combination of settings. Runs that differ in the seed alone are one row: name the runs of one length,
-    as the paper's tables do, unless epochs is among the table's settings. BadInput for a table that is not there.
+    A row is a combination of settings, over seeds. BadInput for a table that is not there, and when a row has two runs
+    of one seed: they differ in something that is no setting of this table, such as the number of epochs.
     """
     with open(HERE / "paper_tables.csv", newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader((line for line in file if not line.startswith("#")), delimiter=";"))
@@ -159,7 +160,12 @@ def paper_table(results: list[dict], number: str, k: int = 20, metric: str = "pa
     table = [[f"Table {number}", *columns, *cost, *(f"paper: {name}" for name in printed)]]
     for row in rows:
         mine = [r for r in shown if key(r) == row]
-        cells = [show([r[metric_of(r, metric)] for r in mine if column(r) == c]) for c in columns]
+        runs = sorted({(str(r.get("seed")), r["checkpoint"]) for r in mine})
+        for (seed, first), (other, second) in zip(runs, runs[1:]):
+            if seed == other:
+                raise BadInput(f"--paper {number}: {first} and {second} are both seed {seed} of {row}; give one")
+        scores = [{r["checkpoint"]: r[metric_of(r, metric)] for r in mine if column(r) == c} for c in columns]
+        cells = [show(list(found.values())) for found in scores]
         beside = {line["column"]: line["number"] for line in theirs if line["settings"] == row}
         table.append([row, *cells, *(costs(mine, simclr) if cost else []), *(beside.get(name, "") for name in printed)])
     return markdown(table)
