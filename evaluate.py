@@ -879,7 +879,7 @@ def print_table(args: argparse.Namespace) -> None:
     for metric in args.metric:
         if args.paper:
             print(tables.paper_table(results, args.paper, args.k, metric) + "\n")
-        else:
+        elif any(r["protocol"] not in BIMODAL for r in results):
             print(format_table(results, args.k, metric, args.intervals) + "\n")
     for protocol in () if args.paper else dict.fromkeys(r["protocol"] for r in results):
         if protocol in BIMODAL:
