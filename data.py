@@ -16,6 +16,11 @@ absent. `area` (optional) is shared by images of the same place. `label` or `lab
 """
 
 import argparse
+import contextlib
+import csv
+import dataclasses
+import functools
+import hashlib
 import io
 import itertools
 import json
@@ -23,6 +28,8 @@ import math
 import os
 import shutil
 import sys
+import tempfile
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -33,7 +40,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metadata import BadInput, Field, TableSchema, Tokenizer, caption, table_row
+from metadata import (
+    DEFAULT_FIELDS, FIELDS, BadInput, Categories, Field, TableSchema, Tokenizer, canonical, caption, field_of_kind,
+    format_value, infer_field, is_metadata, number_columns, parse_fields, table_row,
+)  # fmt: skip
 
 # -----------------------------------------------------------------------------------------------------
 # Randomness as a function of what it is for: (seed, epoch, sample, view, slot) -> a number. No generator
@@ -58,44 +68,69 @@ def uniform(*keys: int | np.ndarray) -> np.ndarray:
 
 
 # -----------------------------------------------------------------------------------------------------
-# A split, read into arrays
+# A split, read into arrays: once, then kept beside the data and mapped, so that processes and workers share them
 
 
-class Strings:
-    """n strings in two arrays instead of n Python objects: workers share the pages, nobody copies them."""
+class Ragged:
+    """n rows of different lengths in two arrays instead of n Python objects: nobody copies what all may share."""
 
-    def __init__(self, strings: list[str]):
-        encoded = [s.encode() for s in strings]
-        self.ends = np.cumsum([0, *map(len, encoded)])
-        self.bytes = np.frombuffer(b"".join(encoded), np.uint8)
+    def __init__(self, values: np.ndarray, ends: np.ndarray):
+        self.values, self.ends = values, ends  # row i is values[ends[i] : ends[i + 1]]
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
+    def __getitem__(self, i: int):
+        return self.values[self.ends[i] : self.ends[i + 1]]
+
+
+class Strings(Ragged):
+    """n strings, as bytes."""
+
     def __getitem__(self, i: int) -> str:
-        return self.bytes[self.ends[i] : self.ends[i + 1]].tobytes().decode()
+        return super().__getitem__(i).tobytes().decode()
+
+
+class Coder:
+    """Collects categorical values, met one after another, into Categories."""
+
+    def __init__(self, missing: int = 0):
+        self.seen, self.codes = {}, array("i", [-1]) * missing
+
+    def add(self, value: str | None) -> None:
+        self.codes.append(-1 if value is None else self.seen.setdefault(value, len(self.seen)))
+
+    def done(self) -> Categories:
+        return Categories(list(self.seen), np.asarray(self.codes))
 
 
 @dataclass
 class Table:
-    """The metadata of n records, field by field, not yet encoded."""
+    """The metadata of n records, field by field, not yet standardised."""
 
-    captions: list[str]  # empty when not asked for
+    tokens: Ragged  # the captions, start and end included; no rows when not asked for
     numbers: np.ndarray  # [n, F_num] raw table features, NaN where missing
-    categories: list[list[str | None]]  # one list of n values for each categorical field
+    categories: list[Categories]  # of each categorical field
+
+
+tokenizer = functools.cache(Tokenizer)
 
 
 def tabulate(records: Iterable[dict], fields: tuple[Field, ...], captions: bool) -> Table:
-    """Records -> their table, and their captions if asked for."""
-    texts, numbers, categories = [], [], []
+    """Records -> their table, and their captions in tokens if asked for."""
+    tokens, ends, numbers = array("H"), array("q", [0]), array("d")
+    coders = [Coder() for field in fields if field.kind == "category"]
     for record in records:
         if captions:
-            texts.append(caption(record, fields))
-        row = table_row(record, fields)
-        numbers.append(row[0])
-        categories.append(row[1])
-    columns = [list(column) for column in zip(*categories)]
-    return Table(texts, np.array(numbers, np.float64), columns)
+            tokens.extend(tokenizer()(caption(record, fields)))
+            ends.append(len(tokens))
+        row, categories = table_row(record, fields)
+        numbers.extend(row)
+        for coder, value in zip(coders, categories):
+            coder.add(value)
+    columns = len(number_columns(fields))
+    numbers = np.asarray(numbers).reshape(-1, columns) if columns else np.empty((len(coders[0].codes), 0))
+    return Table(Ragged(np.asarray(tokens), np.asarray(ends)), numbers, [coder.done() for coder in coders])
 
 
 @dataclass
@@ -103,19 +138,20 @@ class Split:
     """One split of a dataset: everything a row needs, as arrays."""
 
     folder: Path
+    source: Path  # the rows as JSON lines: metadata.jsonl, or what became of metadata.csv
     names: Strings  # file names, relative to the folder
-    lines: list[int]  # where each row's line starts in metadata.jsonl, in bytes
-    labels: dict[str, list[str | None]]  # label name -> class of each row
+    lines: np.ndarray  # int64 [n], where each row's line starts in the source, in bytes
+    labels: dict[str, Categories]
     table: Table
 
     def __len__(self) -> int:
         return len(self.names)
 
     def record(self, i: int) -> dict:
-        """Row i as it stands in metadata.jsonl."""
-        with open(self.folder / "metadata.jsonl", "rb") as file:
+        """Row i, its names and blanks put in order."""
+        with open(self.source, "rb") as file:
             file.seek(self.lines[i])
-            return json.loads(file.readline())
+            return canonical(json.loads(file.readline()))
 
 
 def read_record(line: bytes, where: str) -> dict:
@@ -124,61 +160,262 @@ def read_record(line: bytes, where: str) -> dict:
         record = json.loads(line)
     except ValueError as error:
         raise BadInput(f"{where}: not JSON ({error})") from None
-    if not isinstance(record, dict) or not isinstance(record.get("file_name"), str) or not record["file_name"]:
-        raise BadInput(f'{where}: no "file_name"; each line is {{"file_name": "image.jpg", ...}}')
-    path = PurePosixPath(record["file_name"])
-    if path.is_absolute() or ".." in path.parts:
-        raise BadInput(f"{where}: file_name {record['file_name']!r} leaves the data folder")
+    if not isinstance(record, dict):
+        raise BadInput(f"{where}: not a JSON object")
     return record
 
 
+def checked(record: dict, where: str) -> dict:
+    """A record that names its image, inside the folder, else BadInput."""
+    name = record.get("file_name")
+    if not isinstance(name, str) or not name:
+        raise BadInput(f'{where}: no "file_name"; each line is {{"file_name": "image.jpg", ...}}')
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise BadInput(f"{where}: file_name {name!r} leaves the data folder")
+    return canonical(record)
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, int, dict | BadInput]]:
+    """JSON lines, or CSV with comma, semicolon or tab -> (file and line, where the line starts in bytes or -1, its
+    record, or what is wrong with it)."""
+    if path.suffix in (".csv", ".tsv"):
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+            header = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=max(",;\t", key=header.count), restkey="", strict=True)
+            while True:
+                try:
+                    row = next(reader, None)
+                    problem = BadInput(f"{path}, line {reader.line_num}: more values than columns")
+                except csv.Error as error:
+                    row, problem = {"": ""}, BadInput(f"{path}, line {reader.line_num}: not CSV ({error})")
+                if row is None:
+                    return
+                row = problem if "" in row else {k: v for k, v in row.items() if v is not None}
+                yield f"{path}, line {reader.line_num}", -1, row
+    offset = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            if line.strip():
+                try:
+                    row = read_record(line, where)
+                except BadInput as error:
+                    row = error
+                yield where, offset, row
+            offset += len(line)
+
+
+def metadata_file(folder: Path) -> Path:
+    """folder/metadata.jsonl, or .csv; BadInput when there is neither."""
+    for name in ("metadata.jsonl", "metadata.csv"):
+        if (folder / name).is_file():
+            return folder / name
+    raise BadInput(
+        f"{folder / 'metadata.jsonl'}: no such file; a dataset is a folder with train/ and test/, each with a "
+        "metadata.jsonl (or .csv); `python data.py own` makes one of any table and its images"
+    )
+
+
 def read_split(folder: Path, fields: tuple[Field, ...], captions: bool = False) -> Split:
-    """Read folder/metadata.jsonl. BadInput names what is wrong: the file, the line that is not JSON or lacks a
-    file_name, the image that does not exist."""
-    path = folder / "metadata.jsonl"
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file; a dataset is a folder with train/ and test/, each with a metadata.jsonl")
-    names, lines, labels = [], [], {}
+    """Read folder/metadata.jsonl or .csv. BadInput names what is wrong: the file, the line that cannot be read or
+    lacks a file_name, the image that does not exist.
+
+    The arrays are kept in .cache beside the split (in the system's temporary folder if that is read-only), under a
+    name that holds what they depend on: the file's size and time, the fields, this code."""
+    path = metadata_file(folder)
+    stat, ours = path.stat(), [Path(__file__).with_name(n).read_bytes() for n in ("data.py", "metadata.py")]
+    depends = repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns, fields, captions, ours))
+    name = f"{folder.name}-{hashlib.sha256(depends.encode()).hexdigest()[:20]}"
+    roots = (folder.parent / ".cache", Path(tempfile.gettempdir()) / f"satmip-{os.getuid()}")
+    for root in roots:
+        if (root / name).is_dir():
+            return open_split(root / name, folder, path)
+    for root in roots:
+        try:
+            root.mkdir(mode=0o700, exist_ok=True)
+            unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=root))
+            break
+        except OSError as error:
+            problem = error
+    else:
+        raise problem
+    try:
+        build_split(path, unfinished, fields, captions)
+        for old in root.glob(f"{folder.name}-*"):  # of an earlier state of the file, not of other fields
+            if old.stat().st_mtime_ns < stat.st_mtime_ns:
+                shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process was faster
+            unfinished.rename(root / name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return open_split(root / name, folder, path)
+
+
+def build_split(path: Path, cache: Path, fields: tuple[Field, ...], captions: bool) -> None:
+    """Read the metadata file from its beginning to its end, and leave its arrays in `cache`."""
+    from tqdm import tqdm
+
+    folder, names, ends, lines, labels = path.parent, bytearray(), array("q", [0]), array("q"), {}
+    copy = None if path.suffix == ".jsonl" else open(cache / "records.jsonl", "wb")
 
     def records() -> Iterator[dict]:
-        offset = 0
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    record = read_record(line, f"{path}, line {number}")
-                    for key in record:
-                        if key == "label" or key.startswith("label_"):
-                            labels.setdefault(key, [None] * len(names))
-                    for key, column in labels.items():
-                        value = record.get(key)
-                        column.append(None if value is None else str(value))
-                    if not os.path.isfile(folder / record["file_name"]):
-                        raise BadInput(f"{folder / record['file_name']}: no such image ({path}, line {number})")
-                    names.append(record["file_name"])
-                    lines.append(offset)
-                    yield record
-                offset += len(line)
+            total = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        for where, offset, row in tqdm(read_rows(path), f"reading {path}", total, unit=" rows", delay=3, mininterval=1):
+            if isinstance(row, BadInput):
+                raise row
+            record = checked(row, where)
+            name = record["file_name"]
+            if not os.path.isfile(os.path.join(folder, name)):
+                raise BadInput(f"{folder / name}: no such image ({where})")
+            for key in record:
+                if (key == "label" or key.startswith("label_")) and key not in labels:
+                    labels[key] = Coder(missing=len(lines))
+            for key, coder in labels.items():
+                value = record.get(key)
+                coder.add(None if value is None else str(value))
+            names.extend(name.encode())
+            ends.append(len(names))
+            if copy:
+                offset = copy.tell()
+                copy.write(json.dumps(row).encode() + b"\n")
+            lines.append(offset)
+            yield record
 
     table = tabulate(records(), fields, captions)
-    if not names:
+    if copy:
+        copy.close()
+    if not lines:
         raise BadInput(f"{path}: no rows")
-    return Split(folder, Strings(names), lines, labels, table)
+    columns = {**labels, **dict(enumerate(table.categories))}
+    arrays = {
+        "names": np.frombuffer(names, np.uint8), "name_ends": ends, "lines": lines, "numbers": table.numbers,
+        "tokens": table.tokens.values, "token_ends": table.tokens.ends,
+    } | {f"codes_{i}": column.codes for i, column in enumerate(columns.values())}  # fmt: skip
+    for key, values in arrays.items():
+        np.save(cache / f"{key}.npy", np.asarray(values))
+    values = [list(c.seen) if isinstance(c, Coder) else c.values for c in columns.values()]
+    (cache / "values.json").write_text(json.dumps([list(labels), values]))
+
+
+def open_split(cache: Path, folder: Path, path: Path) -> Split:
+    """The arrays that build_split left, mapped into memory (copy-on-write, so that torch may wrap them)."""
+    arrays = {file.stem: np.load(file, mmap_mode="c" if file.stat().st_size > 128 else None) for file in cache.glob("*.npy")}
+    labels, values = json.loads((cache / "values.json").read_text())
+    columns = [Categories(v, arrays[f"codes_{i}"]) for i, v in enumerate(values)]
+    table = Table(Ragged(arrays["tokens"], arrays["token_ends"]), arrays["numbers"], columns[len(labels) :])
+    source = path if path.suffix == ".jsonl" else cache / "records.jsonl"
+    names = Strings(arrays["names"], arrays["name_ends"])
+    return Split(folder, source, names, arrays["lines"], dict(zip(labels, columns)), table)
+
+
+def test_folder(folder: Path) -> Path:
+    """folder/test, or folder/validation where a dataset has no other."""
+    return next((folder / n for n in ("test", "validation") if (folder / n).is_dir()), folder / "test")
 
 
 def read_dataset(folder: str | Path, fields: tuple[Field, ...], captions: bool = False) -> tuple[Split, Split]:
     """-> (train, test); what can be wrong is said at read_split"""
-    return read_split(Path(folder) / "train", fields, captions), read_split(Path(folder) / "test", fields, captions)
+    folder = Path(folder)
+    return read_split(folder / "train", fields, captions), read_split(test_folder(folder), fields, captions)
+
+
+FIELD_OPTIONS = {"kind": str, "unit": str, "style": str, "parts": list, "low": (int, float), "high": (int, float)}
+
+
+def read_fields(folder: Path) -> dict[str, Field]:
+    """The fields that folder/fields.json defines, none without that file: {"name": {"kind": "number", "unit": "m"}}."""
+    path = folder / "fields.json"
+    if not path.is_file():
+        return {}
+    try:
+        given = json.loads(path.read_text())
+        for name, options in given.items():
+            wrong = [k for k, v in options.items() if k not in FIELD_OPTIONS or not isinstance(v, FIELD_OPTIONS[k])]
+            if wrong or options.get("kind") not in ("number", "timestamp", "category"):
+                what = f"{wrong[0]!r}" if wrong else f"kind {options.get('kind')!r}"
+                raise BadInput(f"{path}: {name}: {what}; a field has a kind (number, timestamp or category), and may "
+                               f"have {', '.join(FIELD_OPTIONS)}")
+        return {name: Field(name, **{**o, "parts": tuple(o.get("parts", ()))}) for name, o in given.items()}
+    except (ValueError, AttributeError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{path}: not a JSON object of fields ({error})") from None
+
+
+def infer_fields(rows: Iterable[dict], kinds: dict[str, str]) -> tuple[dict[str, Field], str]:
+    """Fields of all columns that are metadata, from up to 100,000 rows -> (fields by name, a table of them to print).
+
+    kinds: what the user says a column is, which is not questioned."""
+    columns, count = {}, 0
+    for count, row in enumerate(itertools.islice(rows, 100_000), 1):
+        for name, value in row.items():
+            if is_metadata(name) and value is not None:
+                columns.setdefault(name, []).append(value)
+    unknown = [name for name in kinds if name not in columns]
+    if unknown:
+        raise BadInput(f"--types: no column {unknown[0]!r}; there are {', '.join(columns)}")
+    found = {
+        name: (field_of_kind(name, kinds[name], values), "as you say") if name in kinds else infer_field(name, values)
+        for name, values in columns.items()
+    }
+    lines = [("column", "kind", "filled", "example", "remark")]
+    for name, (field, remark) in found.items():
+        kind = "-" if field is None else f"list of {len(field.parts)}" if field.parts else field.kind
+        example = next((format_value(v, field) for v in columns[name] if field and format_value(v, field)), "")
+        lines.append((name, kind, f"{len(columns[name]) / count:.0%}", example[:40], remark))
+    return {name: field for name, (field, _) in found.items() if field}, columns_of_text(lines)
+
+
+def columns_of_text(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines)
+
+
+def save_fields(folder: Path, fields: dict[str, Field]) -> None:
+    """Write folder/fields.json, of each field what differs from a plain one."""
+    plain = {f.name: f.default for f in dataclasses.fields(Field)}
+    chosen = {n: {k: v for k, v in dataclasses.asdict(f).items() if k != "name" and v != plain[k]} for n, f in fields.items()}
+    (folder / "fields.json").write_text(json.dumps(chosen, indent=2) + "\n")
+
+
+def choose_fields(folder: Path, names: str) -> tuple[Field, ...]:
+    """What --fields means for a dataset. No names: the paper's three, or all that the dataset's fields.json lists. A
+    column that nobody defined is inferred from the train split's values, and what it is taken for is printed."""
+    own = read_fields(folder)
+    names = names or ("all" if own else DEFAULT_FIELDS)
+    asked = {name.strip() for name in names.split(",")} - FIELDS.keys() - own.keys() - {"all", ""}
+    if asked:
+        rows = (r for _, _, r in read_rows(metadata_file(folder / "train")) if isinstance(r, dict))
+        inferred, table = infer_fields(map(canonical, rows), {})
+        print(f"columns of {folder / 'train'}, by their values (a fields.json beside it can say otherwise):\n{table}")
+        own = {name: field for name, field in inferred.items() if name not in FIELDS} | own
+    return parse_fields(names, own)
+
+
+def missing_rates(table: Table, fields: tuple[Field, ...]) -> dict[str, float]:
+    """Share of the rows in which each field is missing altogether."""
+    numbers, categories, rates = iter(np.isnan(table.numbers).T), iter(table.categories), {}
+    for field in fields:
+        if field.kind == "category":
+            rates[field.name] = float((next(categories).codes < 0).mean())
+        else:
+            rates[field.name] = float(np.all([next(numbers) for _ in number_columns((field,))], axis=0).mean())
+    return rates
 
 
 def class_ids(name: str, *splits: Split) -> tuple[list[str], list[Tensor]]:
     """-> the classes of that label in any split, sorted (0, 1, ... if they are integers), and ids [n] of each
     split, -1 where a row has no label."""
-    columns = [split.labels.get(name, [None] * len(split)) for split in splits]
-    classes = sorted({value for column in columns for value in column if value is not None})
+    nothing = lambda split: Categories([], np.full(len(split), -1))  # noqa: E731
+    columns = [split.labels.get(name) or nothing(split) for split in splits]
+    classes = sorted({value for column in columns for value in column.values})
     if all(value.isdecimal() for value in classes):
         classes.sort(key=int)
-    code = {value: i for i, value in enumerate(classes)} | {None: -1}
-    return classes, [torch.tensor([code[value] for value in column]) for column in columns]
+    code = {value: i for i, value in enumerate(classes)}
+    return classes, [torch.tensor([*map(code.get, c.values), -1])[torch.from_numpy(c.codes).long()] for c in columns]
 
 
 class Metadata:
@@ -186,20 +423,29 @@ class Metadata:
 
     def __init__(self, table: Table, encoder: str, schema: TableSchema | None = None, context: int | None = None):
         """encoder: "text", "table" or "none". schema: for the table encoder. context: most tokens of a caption."""
-        self.encoder, self.longest = encoder, 0
+        self.encoder, self.tokens, self.longest = encoder, table.tokens, 0
         if encoder == "text":
-            tokens, lengths = Tokenizer()(table.captions, context)
-            self.arrays, self.longest = (torch.from_numpy(tokens), torch.from_numpy(lengths)), tokens.shape[1]
+            longest = int(np.diff(table.tokens.ends).max())
+            self.longest = min(longest, context or longest)
         elif encoder == "table":
             self.arrays = tuple(map(torch.from_numpy, schema.encode(table.numbers, table.categories)))
 
     def batch(self, rows: Tensor, device: torch.device) -> tuple[Tensor, ...] | None:
-        """Rows [B] -> what the metadata encoder's forward takes. Captions are padded to the longest of the batch."""
+        """Rows [B] -> what the metadata encoder's forward takes: (numbers [B, F_num], categories [B, F_cat]), or
+        (ids [B, L], lengths [B]) with L the longest caption of the batch. One that is too long loses its last
+        words, never its end token."""
         if self.encoder == "none":
             return None
-        first, second = (array[rows] for array in self.arrays)
-        if self.encoder == "text":
-            first = first[:, : int(second.max())].long()
+        if self.encoder == "table":
+            first, second = (values[rows] for values in self.arrays)
+        else:
+            starts, ends = self.tokens.ends[rows.numpy()], self.tokens.ends[rows.numpy() + 1]
+            lengths = np.minimum(ends - starts, self.longest)
+            at = np.arange(lengths.max())
+            inside = at < lengths[:, None]
+            ids = np.where(inside, self.tokens.values[np.where(inside, starts[:, None] + at, 0)], 0).astype(np.int64)
+            ids[np.arange(len(ids)), lengths - 1] = self.tokens.values[ends - 1]
+            first, second = torch.from_numpy(ids), torch.from_numpy(lengths)
         return first.to(device, non_blocking=True), second.to(device, non_blocking=True)
 
 

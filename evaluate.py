@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-from metadata import FIELDS, BadInput, TableSchema, parse_fields, parse_numbers
+from metadata import FIELDS, BadInput, Field, TableSchema, parse_numbers
 from model import ModelConfig, SatMIP
 
 KS = (1, 5, 20, 100)  # supplement C
@@ -33,8 +33,8 @@ TEMPERATURE = 0.07  # NOTE[PAPER] "following standard practice": the value of al
 class Pretrained:
     """A model with all it needs to read a dataset as in training: fields, schema, context, image size."""
 
-    def __init__(self, model: SatMIP, fields: str, schema: TableSchema | None, device: torch.device):
-        self.model, self.fields, self.schema, self.device = model, parse_fields(fields), schema, device
+    def __init__(self, model: SatMIP, fields: tuple[Field, ...], schema: TableSchema | None, device: torch.device):
+        self.model, self.fields, self.schema, self.device = model, fields, schema, device
         self.encoder = model.config.metadata_encoder
 
     def metadata(self, table: data.Table) -> data.Metadata:
@@ -74,7 +74,8 @@ def load_pretrained(path: Path, device: torch.device) -> tuple[Pretrained, dict]
     model = SatMIP(ModelConfig(**state["model_config"]))
     load_weights(model, state["model"], path)
     schema = TableSchema(**state["schema"]) if state["schema"] else None
-    return Pretrained(model.to(device).eval(), state["fields"], schema, device), state
+    fields = tuple(Field(**{**field, "parts": tuple(field["parts"])}) for field in state["fields"])
+    return Pretrained(model.to(device).eval(), fields, schema, device), state
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ def histograms(split: data.Split, size: int, workers: int, bins: int = 16) -> Te
 def locations(split: data.Split) -> Tensor | None:
     """Places as points of the unit sphere [n, 3], whose cosine falls with distance. A row without a place is the
     zero vector, equally far from all; None if no row has one."""
-    table = data.tabulate(map(split.record, range(len(split))), parse_fields("location"), captions=False)
+    table = data.read_split(split.folder, (FIELDS["location"],)).table
     longitude, latitude = np.radians(table.numbers.T)
     points = np.stack([np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], 1)
     return None if np.isnan(points).all() else torch.from_numpy(points).nan_to_num().float()
@@ -252,7 +253,7 @@ def score_all(
 def label_names(splits: tuple[data.Split, data.Split]) -> list[str]:
     """The labels that both splits have, sorted: only those can be scored."""
     names = set(splits[0].labels) & set(splits[1].labels)
-    return sorted(n for n in names if all(any(v is not None for v in split.labels[n]) for split in splits))
+    return sorted(n for n in names if all((split.labels[n].codes >= 0).any() for split in splits))
 
 
 def format_table(results: list[dict], k: int = 20, metric: str = "accuracy") -> str:
@@ -302,7 +303,7 @@ def picture_neighbours(
 ) -> None:
     """Some labelled test images, each with its nearest training images; a green frame where the label agrees."""
     train, test = splits
-    labelled = [i for i, value in enumerate(test.labels[label]) if value is not None]
+    labelled = np.flatnonzero(test.labels[label].codes >= 0).tolist()
     chosen = labelled[:: max(1, len(labelled) // 6)][:6]
     bank, queries = (F.normalize(x, dim=1) for x in (features[0], features[1][chosen]))
     nearest = (queries @ bank.T).topk(min(7, len(train))).indices.tolist()
@@ -310,7 +311,7 @@ def picture_neighbours(
     for row, query, found in zip(axes, chosen, nearest):
         truth = test.labels[label][query]
         for axis, split, i in zip(row, [test] + [train] * len(found), [query, *found]):
-            name = split.labels.get(label, [None] * len(split))[i]
+            name = split.labels[label][i]
             colour = {None: "silver", truth: "tab:green"}.get(name, "tab:red") if split is train else "black"
             axis.imshow(data.load_image(split.folder / split.names[i], 96))
             axis.set_title(name or "no label", fontsize=8, pad=2)
@@ -388,7 +389,7 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     results = score_all(named, splits, labels, [args.protocol])
     common = {
         "checkpoint": str(args.checkpoint), "step": state["step"], "method": state["config"]["method"],
-        "seed": state["config"]["seed"], "metadata_encoder": pretrained.encoder, "fields": state["fields"],
+        "seed": state["config"]["seed"], "metadata_encoder": pretrained.encoder, "fields": state["config"]["fields"],
         "data": str(folder), "image_size": size,
     }  # fmt: skip
     for k in dict.fromkeys(r.get("k") for r in results):

@@ -247,13 +247,21 @@ def test_tokenizer_equals_a_slow_transcription(tokenizer):
 
 
 def test_batches_of_tokens(tokenizer):
-    """uint16 rows with start, end and padding 0; a single caption is a row too; the end survives truncation."""
-    ids, lengths = tokenizer(["a cat", "hello world a diagram"])
-    rows = [[49406, 320, 2368, 49407, 0, 0], [49406, 3306, 1002, 320, 22697, 49407]]
-    assert ids.dtype == np.uint16 and ids.tolist() == rows and lengths.tolist() == [4, 6]
-    ids, lengths = tokenizer(["hello world a diagram"], context=4)
-    assert ids.tolist() == [[49406, 3306, 1002, 49407]] and lengths.tolist() == [4]
-    assert tokenizer([""], context=77)[0].tolist() == [[49406, 49407]]
+    """Rows with start, end and padding 0; a single caption is a row too; the end survives truncation."""
+    fields = (metadata.Field("a", "category"),)
+    records = [{"a": "cat"}, {}, {"a": "hello world diagram"}]
+    table, cpu = data.tabulate(records, fields, captions=True), torch.device("cpu")
+    a, colon, cat, hello, world, diagram = tokenizer.encode("a: cat hello world diagram")
+    rows = [[49406, a, colon, cat, 49407], [49406, 49407], [49406, a, colon, hello, world, diagram, 49407]]
+    assert table.tokens.values.dtype == np.uint16 and [table.tokens[i].tolist() for i in range(3)] == rows
+    read = data.Metadata(table, "text")
+    ids, lengths = read.batch(torch.tensor([2, 1]), cpu)
+    assert ids.tolist() == [rows[2], [49406, 49407, 0, 0, 0, 0, 0]] and lengths.tolist() == [7, 2] and read.longest == 7
+    assert read.batch(torch.tensor([0]), cpu)[0].tolist() == [rows[0]]
+    read = data.Metadata(table, "text", context=4)
+    ids, lengths = read.batch(torch.tensor([0, 1, 2]), cpu)
+    assert ids.tolist() == [[49406, a, colon, 49407], [49406, 49407, 0, 0], [49406, a, colon, 49407]]
+    assert lengths.tolist() == [4, 2, 4] and read.longest == 4
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -278,7 +286,7 @@ MALFORMED = {
     "multispectral_gsd": [[1], 0, "1 m", 10**400],
     "pixel_size": [[1e-4, math.inf], ["a", "b"]],
     "timestamp": [
-        "2004-13-01", "2004-00", "2004-10-00", "2004-02-30", "2004-10-", "10/2004", "20041001", 2004, ["2004"],
+        "2004-13-01", "2004-00", "2004-10-00", "2004-02-30", "2004-10-", "10/2004", "20041301", 2004, ["2004"],
         "2015-09-21T25:00", "2015-09-21T15:61", "2015-09-21T15:30:61Z", "2015-09-21T15:30:08+99:99", "0000-01",
     ],
     "location": [[181, 0], [-181, 0], [0, 91], [0, -90.1], [None, 1], [1, nan], "12,41", 12, [1, 2, 3], {}],
@@ -632,11 +640,13 @@ def test_a_split_is_read_as_it_stands(dataset):
     records = json_lines(dataset / "train" / "metadata.jsonl")
     split = data.read_split(dataset / "train", DEFAULT, captions=True)
     assert [split.names[i] for i in range(len(split))] == [r["file_name"] for r in records]
-    assert [split.record(i) for i in range(48)] == records
-    assert split.table.captions == [caption(r, DEFAULT) for r in records]
+    assert [split.record(i) for i in range(48)] == [metadata.canonical(r) for r in records]
+    encode = metadata.Tokenizer()
+    assert [split.table.tokens[i].tolist() for i in range(48)] == [encode(caption(r, DEFAULT)) for r in records]
     labels = [r.get("label_kind") for r in records]
     classes, (ids,) = data.class_ids("label_kind", split)
-    assert split.labels == {"label_kind": labels} and classes == sorted(COLOURS) and None in labels
+    assert list(split.labels) == ["label_kind"] and classes == sorted(COLOURS) and None in labels
+    assert [split.labels["label_kind"][i] for i in range(48)] == labels
     assert [classes[i] if i >= 0 else None for i in ids] == labels
     pixels = np.concatenate([np.asarray(Image.open(dataset / "train" / r["file_name"])) for r in records]) / 255
     mean, std = data.channel_statistics(split, 32, 0)
@@ -1055,7 +1065,8 @@ def test_checkpoints_are_plain(run, dataset, name):
         return {type(value).__name__}.union(*map(kinds, parts))
 
     assert kinds(state) <= set("dict OrderedDict list tuple str int float bool NoneType Tensor".split())
-    fields = parse_fields(state["fields"])
+    fields = parse_fields(state["config"]["fields"])
+    assert state["fields"] == [dataclasses.asdict(field) for field in fields]
     split = data.read_split(dataset / "train", fields)
     assert (state["channel_mean"], state["channel_std"]) == data.channel_statistics(split, 32, 0) and state["step"] == 6
     rates = [(group["lr"], group["weight_decay"]) for group in state["optimizer"]["param_groups"]]
@@ -1158,7 +1169,7 @@ WRONG_DATA = {  # what is wrong: how it comes about in train/, what the message 
     "no metadata.jsonl": (lambda folder: (folder / "metadata.jsonl").unlink(), "train/metadata.jsonl: no such file"),
     "no rows": (lambda folder: (folder / "metadata.jsonl").write_text("\n"), "train/metadata.jsonl: no rows"),
     "not JSON": (append('{"file_name": oops}'), "train/metadata.jsonl, line 49: not JSON"),
-    "not an object": (append('["03.jpg"]'), 'train/metadata.jsonl, line 49: no "file_name"'),
+    "not an object": (append('["03.jpg"]'), 'train/metadata.jsonl, line 49: not a JSON object'),
     "no file_name": (append('{"gsd": 1}'), 'train/metadata.jsonl, line 49: no "file_name"'),
     "path upwards": (append('{"file_name": "../test/03.jpg"}'), "line 49: file_name '../test/03.jpg' leaves"),
     "absolute path": (append('{"file_name": "/etc/hostname"}'), "line 49: file_name '/etc/hostname' leaves"),
