@@ -285,19 +285,6 @@ def format_table(results: list[dict], k: int = 20, metric: str = "accuracy") -> 
 # Pictures
 
 
-def canvas(rows: int, columns: int, width: float, height: float, **keywords):
-    """-> a figure and its [rows, columns] axes, without ticks; drawn to a file, never to a screen."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, **keywords)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    return figure, axes
-
-
 def picture_neighbours(
     features: tuple[Tensor, Tensor], splits: tuple[data.Split, data.Split], label: str, path: Path
 ) -> None:
@@ -307,7 +294,7 @@ def picture_neighbours(
     chosen = labelled[:: max(1, len(labelled) // 6)][:6]
     bank, queries = (F.normalize(x, dim=1) for x in (features[0], features[1][chosen]))
     nearest = (queries @ bank.T).topk(min(7, len(train))).indices.tolist()
-    figure, axes = canvas(len(chosen), 1 + len(nearest[0]), 10, 1.45 * len(chosen))
+    figure, axes = data.canvas(len(chosen), 1 + len(nearest[0]), 10, 1.45 * len(chosen))
     for row, query, found in zip(axes, chosen, nearest):
         truth = test.labels[label][query]
         for axis, split, i in zip(row, [test] + [train] * len(found), [query, *found]):
@@ -336,7 +323,7 @@ def picture_places(
     if not located:
         return
     chosen = located[:: max(1, len(located) // 6)][:6]
-    figure, axes = canvas(len(chosen), 2, 10, 2.3 * len(chosen), width_ratios=(1, 2.7))
+    figure, axes = data.canvas(len(chosen), 2, 10, 2.3 * len(chosen), width_ratios=(1, 2.7))
     earth = data.Image.open(data.MAPS / "bluemarble-2004-07.jpg").resize((1080, 540))
     for (left, right), i in zip(axes, chosen):
         record, image = test.record(i), data.load_image(test.folder / test.names[i], size)

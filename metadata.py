@@ -75,7 +75,7 @@ TIME_PARTS = ("year", "month", "day", "hour", "weekday")  # supplement B
 
 
 def parse_fields(names: str, own: dict[str, Field] | None = None) -> tuple[Field, ...]:
-    """"gsd,location" -> those fields in that order; "all" -> the data's own, or without any the paper's 15.
+    """ "gsd,location" -> those fields in that order; "all" -> the data's own, or without any the paper's 15.
 
     own: fields that the data define (`fields.json`). BadInput on unknown or repeated names."""
     known = FIELDS | (own or {})
@@ -172,7 +172,9 @@ def field_of_kind(name: str, kind: str, values: list) -> Field | None:
         numbers = [float(x) for v in values for x in (v if isinstance(v, list) else [v]) if numeric([x])]
         style = "%.0f" if all(x.is_integer() for x in numbers) else "%.6g"
         longest = max((len(v) for v in values if isinstance(v, list)), default=0)
-        return Field(name, "number", style=style, parts=tuple(map(str, range(1, longest + 1))) if kind == "list" else ())
+        return Field(
+            name, "number", style=style, parts=tuple(map(str, range(1, longest + 1))) if kind == "list" else ()
+        )
     return None if kind == "skip" else Field(name, kind)
 
 
@@ -295,7 +297,7 @@ def format_value(value: object, field: Field) -> str | None:
 
 
 def caption(record: dict, fields: tuple[Field, ...]) -> str:
-    """"key1: value1, ..., keyn: valuen" over the fields that the record has."""
+    """ "key1: value1, ..., keyn: valuen" over the fields that the record has."""
     printed = ((field.name, format_value(record.get(field.name), field)) for field in fields)
     return ", ".join(f"{name}: {text}" for name, text in printed if text is not None)
 
