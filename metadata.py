@@ -126,10 +126,11 @@ def canonical(row: dict) -> dict:
                     pass
         record[ALIASES.get(name, name)] = value
     if "location" not in record:
-        lower = {name.lower(): name for name in record}
+        lower = {name.lower(): name for name in row}
         for pair in COORDINATES:
             if all(part in lower for part in pair):
-                record["location"] = [record.pop(lower[part]) for part in pair]
+                place = [record.pop(lower[part], None) for part in pair]
+                record |= {"location": place} if None not in place else {}
                 break
     return record
 
