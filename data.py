@@ -1244,7 +1244,8 @@ class Fmow:
             file_name = "/".join([*folders[:2], f"{entry['category']}_{entry['ID']}", f"{name}.jpg"])
             record = {"file_name": file_name, **record, "label": entry["category"], "area": folders[1]}
             crop = image.convert("RGB") if ready else image.crop((left, top, right, bottom)).convert("RGB")
-            # The bilinear resize of the baseline's OpenCV: four neighbours, no smoothing before.
+            # The bilinear resize of the baseline's OpenCV: four neighbours, no smoothing before. Pillow rounds down where
+            # OpenCV rounds: half a gray level of 255, which the standardisation takes away.
             if ready and crop.size == (size, size):
                 crop.load()
                 data = content
