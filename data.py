@@ -350,14 +350,15 @@ def read_fields(folder: Path) -> dict[str, Field]:
             wrong = [k for k, v in options.items() if k not in FIELD_OPTIONS or not isinstance(v, FIELD_OPTIONS[k])]
             if wrong or options.get("kind") not in ("number", "timestamp", "category"):
                 what = f"{wrong[0]!r}" if wrong else f"kind {options.get('kind')!r}"
+                options = ", ".join(FIELD_OPTIONS)
                 raise BadInput(
-                    f"{path}: {name}: {what}; a field has a kind (number, timestamp or category), and may "
-                    f"have {', '.join(FIELD_OPTIONS)}"
+                    f"{path}: {name}: {what}; a field has a kind (number, timestamp, category), of {options}"
                 )
+            options.get("style", "%s") % 1.0  # TypeError, ValueError: not a style for one number
         return {name: Field(name, **{**o, "parts": tuple(o.get("parts", ()))}) for name, o in given.items()}
-    except (ValueError, AttributeError) as error:
-        if isinstance(error, BadInput):
-            raise
+    except BadInput:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
         raise BadInput(f"{path}: not a JSON object of fields ({error})") from None
 
 
@@ -1500,7 +1501,7 @@ def stac_rows(folder: Path) -> Iterator[tuple[str, int, dict | BadInput]]:
         yield str(folder / name), -1, row
 
 
-def path_column(rows: list[dict], images: Path, asked: str | None) -> str:
+def column_of_paths(rows: list[dict], images: Path, asked: str | None) -> str:
     """The column that names the images: the one asked for, else the first whose values are files under `images`."""
     columns = dict.fromkeys(name for row in rows for name in row)
     good = [asked] if asked in columns else [] if asked else [
@@ -1513,7 +1514,7 @@ def path_column(rows: list[dict], images: Path, asked: str | None) -> str:
     return good[0]
 
 
-def as_eight_bits(path: Path, limits: tuple[float, float] | None, size: int | None) -> tuple[bytes, str]:
+def as_eight_bits(path: Path, limits: list[float] | None, size: int | None) -> tuple[bytes, str]:
     """An image file -> (a file that load_image reads right, its suffix): the same bytes when it can be. limits: the
     values that become 0 and 255. size: a longer side is reduced to it."""
     if limits is None:
@@ -1551,66 +1552,67 @@ def read_array(path: Path) -> np.ndarray:
 
 def own(args: argparse.Namespace) -> tuple[Callable[[], Iterable[Item]], int, dict[str, Field]]:
     """A table and its images -> items, their number, the fields that its columns became (printed)."""
-    if not args.table.exists() or not args.images.is_dir():
-        raise BadInput(f"{args.images if args.table.exists() else args.table}: no such file or folder")
+    if not args.images.is_dir():
+        raise BadInput(f"{args.images}: no such folder")
     rows = functools.partial(stac_rows if args.table.is_dir() else read_rows, args.table)
-    good = lambda: (row for _, _, row in rows() if isinstance(row, dict))  # noqa: E731
-    column = path_column(list(itertools.islice(good(), 20)), args.images, args.path_column)
-    kinds = dict(part.partition("=")[::2] for part in args.types.split(",") if part)
-    wrong = [f"{name}={kind}" for name, kind in kinds.items() if kind not in KINDS]
-    if wrong:
-        raise BadInput(f"--types {wrong[0]}: a kind is one of {', '.join(KINDS)}")
-    labels = {
-        name: "label" if args.label.count(",") == 0 else f"label_{name}" for name in args.label.split(",") if name
-    }
-    kinds |= {name: "skip" for name in (*labels, column, args.area, args.split_column) if name}
-    kinds.pop("", None)
 
     def clean(row: dict) -> dict:
-        """Dates whose order the user told, written so that nobody has to ask again."""
+        """Names and blanks in order, dates as the user said they are meant."""
         if args.dates:
             iso = lambda v: iso_timestamp(v, args.dates == "day-first") or v if isinstance(v, str) else v  # noqa: E731
             row = {name: iso(value) for name, value in row.items()}
         return canonical(row)
 
-    sample = [clean(row) for row in itertools.islice(good(), 100_000)]
-    present = {name for row in sample for name in row}
+    sample = [row for row in itertools.islice((r for _, _, r in rows() if isinstance(r, dict)), 100_000)]
+    path_column = column_of_paths(sample[:20], args.images, args.path_column)
+    sample = [clean(row) for row in sample]
+    present = dict.fromkeys(name for row in sample for name in row)
+    labels = [name for name in args.label.split(",") if name]
     for name in (*labels, args.area, args.split_column):
         if name and name not in present:
-            raise BadInput(f"no column {name!r} in {args.table}; there are {', '.join(sorted(present))}")
-    told = {str(row.get(args.split_column)).lower() for row in sample}
-    told_splits = SPLITS if told & {"test", "testing"} else SPLITS | {name: "test" for name in VALIDATION}
-    fields, table = infer_fields(sample, {n: k for n, k in kinds.items() if n in present or k != "skip"})
+            raise BadInput(f"no column {name!r} in {args.table}; there are {', '.join(present)}")
+    labels = {name: "label" if len(labels) == 1 else f"label_{name}" for name in labels}
+    labels = labels or {name: name for name in present if name == "label" or name.startswith("label_")}
+    area, told = args.area or "area", args.split_column or "split"
+    kinds = dict(part.partition("=")[::2] for part in args.types.split(",") if part)
+    for name, kind in kinds.items():
+        if kind not in KINDS:
+            raise BadInput(f"--types {name}={kind}: a kind is one of {', '.join(KINDS)}")
+    kinds |= {name: "skip" for name in (*labels, path_column, area, told)}
+    fields, table = infer_fields(sample, kinds)
     print(f"columns of {args.table}, by their values (--types COLUMN=KIND,... says otherwise):\n{table}")
+    sides = {str(row.get(told)).lower() for row in sample}
+    sides = SPLITS if sides & {"test", "testing"} else SPLITS | {name: "test" for name in VALIDATION}
+    root = Path(os.path.normpath(args.images))
 
-    def make(number: int, where: str, row: dict | BadInput) -> Iterator[Sample | str]:
+    def make(where: str, row: dict | BadInput) -> Iterator[Sample | str]:
         if isinstance(row, BadInput):
             raise row
-        if not isinstance(row.get(column), str) or not row[column]:
-            raise BadInput(f"{where}: no {column}")
-        path = Path(os.path.normpath(args.images / row[column]))
-        if not path.is_relative_to(os.path.normpath(args.images)):
-            raise BadInput(f"{where}: {column} {row[column]!r} leaves {args.images}")
+        name = row.get(path_column)
+        if not isinstance(name, str) or not name:
+            raise BadInput(f"{where}: no {path_column}")
+        path = Path(os.path.normpath(root / name))
+        if not path.is_relative_to(root):
+            raise BadInput(f"{where}: {path_column} {name!r} leaves {root}")
         if not path.is_file():
             raise BadInput(f"{where}: {path}: no such image")
-        record, area = clean(row), str(row.get(args.area, "")) if args.area else ""
-        told = str(row.get(args.split_column, "")).lower() if args.split_column else ""
-        if told and told not in told_splits:
-            yield f"rows of split {told!r}"
+        record = clean(row)
+        if told in record and str(record[told]).lower() not in sides:
+            yield f"rows of split {record[told]!r}"
             return
-        digest = hashlib.sha256(f"{args.seed} {area or row[column]}".encode()).digest()  # an area is never divided
-        chance = int.from_bytes(digest[:4]) / 2**32
-        split = told_splits[told] if told else "test" if chance < args.test_share else "train"
-        content, suffix = as_eight_bits(path, tuple(args.range) if args.range else None, args.size)
-        name = PurePosixPath(path.relative_to(os.path.normpath(args.images)))
-        kept = {name: record[name] for name in fields if name in record}
+        place = str(record.get(area, ""))
+        chance = hashlib.sha256(f"{args.seed} {place or name}".encode()).digest()  # an area is never divided
+        split = "test" if int.from_bytes(chance[:4]) < args.test_share * 2**32 else "train"
+        split = sides[str(record[told]).lower()] if told in record else split
+        content, suffix = as_eight_bits(path, args.range, args.size)
+        kept = {name: record[name] for name in fields if name in record} | ({"area": place} if place else {})
         kept |= {new: str(record[old]) for old, new in labels.items() if old in record}
-        kept |= {"area": area} if area else {}
-        yield Sample(split, {"file_name": f"{name}{'' if suffix == path.suffix else suffix}", **kept}, content)
+        file_name = f"{path.relative_to(root).as_posix()}{'' if suffix == path.suffix else suffix}"
+        yield Sample(split, {"file_name": file_name, **kept}, content)
 
     def items() -> Iterator[Item]:
         for number, (where, _, row) in enumerate(rows()):
-            yield Item(f"{number:09d}", functools.partial(make, number, where, row))
+            yield Item(f"{number:09d}", functools.partial(make, where, row))
 
     return items, sum(1 for _ in rows()), fields
 
@@ -1659,7 +1661,7 @@ def describe(name: str, folder: Path, workers: int) -> str:
             cells = itertools.zip_longest(values, paper, fillvalue="")
             rows.append((key, *[f"{a} ({b})" if b else a for a, b in cells], *[""] * (3 - len(values))))
     lines += [columns_of_text(rows)] if len(rows) > 1 else []
-    mean, std = channel_statistics(splits[0], 64, workers)
+    mean, std = channel_statistics(splits[0], 224, workers)
     return "\n".join([*lines, f"channels: mean {mean[0]:.4f} {mean[1]:.4f} {mean[2]:.4f}, deviation "
                       f"{std[0]:.4f} {std[1]:.4f} {std[2]:.4f} (0 to 1)"])  # fmt: skip
 
@@ -1709,7 +1711,7 @@ def fault_of(value: object, field: Field) -> str:
 
 def check_split(folder: Path, fields: dict[str, Field], workers: int, findings: Findings) -> dict:
     """Add the faults of one split -> {"images": n, "fields": ..., "labels": ..., "areas": ..., "prints": ...}."""
-    add, split = functools.partial(findings.add, folder.name), folder.name
+    add = functools.partial(findings.add, folder.name)
     seen, areas, labels, lengths, prints = {}, set(), {}, Counter(), {}
     missing, values = Counter(), {name: set() for name in fields}
     try:
@@ -1840,7 +1842,7 @@ def canvas(rows: int, columns: int, width: float, height: float, **keywords):
 def show(folder: Path, names: str, output: Path) -> list[Path]:
     """Draw some training images with their captions and token counts (Table S3), and how GSD, time and place are
     distributed (Figures S1 to S3) -> the two pictures."""
-    from matplotlib.ticker import AutoLocator
+    from matplotlib.ticker import MaxNLocator
 
     fields = choose_fields(folder, names)
     split = read_split(folder / "train", fields)
@@ -1868,8 +1870,10 @@ def show(folder: Path, names: str, output: Path) -> list[Path]:
         axis.bar(known, counts)
         axis.set_title(title)
     for axis in axes.flat[:3]:
-        axis.xaxis.set_major_locator(AutoLocator())
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylabel("images")
+    for axis in (axes[0, 1], axes[1, 0]):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     earth = Image.open(MAPS / "bluemarble-2004-07.jpg").resize((1080, 540))
     axes[1, 1].imshow(earth, extent=(-180, 180, -90, 90), alpha=0.5)
     axes[1, 1].scatter(place[:, 0], place[:, 1], s=2, color="tab:red", alpha=0.4)
@@ -1907,9 +1911,11 @@ def parser() -> argparse.ArgumentParser:
     fmow.add_argument("--rescale", choices=("all", "gsd"), default="all", help="what changes with the crop's size")
     mine = preparing["own"]
     mine.add_argument("--path-column", help="column that names the image; default: found")
-    mine.add_argument("--label", default="", help="column of classes, or several separated by commas")
-    mine.add_argument("--area", default="", help="column that names a place seen more than once")
-    mine.add_argument("--split-column", default="", help="column that says train or test; default: a random split")
+    mine.add_argument("--label", default="", help="column of classes, or several separated by commas; default: label")
+    mine.add_argument("--area", default="", help="column that names a place seen more than once; default: area")
+    mine.add_argument(
+        "--split-column", default="", help="column that says train or test; default: split, else at random"
+    )
     mine.add_argument("--test-share", type=float, default=0.2, help="of a random split, whole areas")
     mine.add_argument("--types", default="", help=f"COLUMN=KIND,... with KIND one of {', '.join(KINDS)}")
     mine.add_argument("--dates", choices=("day-first", "month-first"), help="how to read 03/04/2015")
