@@ -948,16 +948,15 @@ class Preparing(torch.utils.data.IterableDataset):
                     path.write_bytes(made.image)
                     entry["rows"].append([made.split, json.dumps(made.record, allow_nan=False)])
         except Exception as error:  # a source has faults that nobody has thought of: each is named, none stops the rest
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise
-            entry |= {
-                "rows": [],
-                "bad": str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}",
-            }
+            why = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            entry = {"stop": why} if full else entry | {"rows": [], "bad": why}
         return json.dumps(entry)
 
 
-def prepare(items: Callable[[], Iterable[Item]], total: int, folder: Path, options: dict, jobs: int) -> str:
+def prepare(
+    items: Callable[[], Iterable[Item]], total: int, folder: Path, options: dict, jobs: int, fields: dict[str, Field]
+) -> str:  # fmt: skip
     """Make all items into a dataset -> a report. `options` are those that the result depends on.
 
     Works in folder.unfinished; a kill at any moment costs the images in hand, and the next start goes on. The result
@@ -965,6 +964,9 @@ def prepare(items: Callable[[], Iterable[Item]], total: int, folder: Path, optio
     from tqdm import tqdm
 
     unfinished = folder.with_name(folder.name + ".unfinished")
+    if (folder / JOURNAL).exists():  # killed after the last step but one
+        (folder / JOURNAL).unlink()
+        return f"{folder} had been finished"
     if folder.exists():
         raise BadInput(f"{folder}: exists; remove it first, or choose another folder")
     unfinished.mkdir(parents=True, exist_ok=True)
@@ -989,16 +991,23 @@ def prepare(items: Callable[[], Iterable[Item]], total: int, folder: Path, optio
     ):
         if not whole:
             file.write(json.dumps(options) + "\n")
-        for line in loader:
-            file.write(line + "\n")
-            file.flush()
-            bar.update()
+        try:
+            for line in loader:
+                if line.startswith('{"stop"'):
+                    raise BadInput(f"{json.loads(line)['stop']}; what is done is kept, start again to go on")
+                file.write(line + "\n")
+                file.flush()
+                bar.update()
+        except RuntimeError as error:  # of DataLoader, when the system has killed a worker
+            raise BadInput(f"a process ended ({error}); what is done is kept, fewer --jobs need less memory") from None
     counts = write_metadata(unfinished)
+    if fields:
+        save_fields(unfinished, fields)
     if not counts["train"]:
         why = (unfinished / "quarantine.jsonl").read_text().split("\n")[0]
         raise BadInput(f"{folder}: no training image came of it; the first that was refused: {why or 'there was none'}")
-    journal.unlink()
     unfinished.rename(folder)
+    (folder / JOURNAL).unlink()
     left_out = ", ".join(f"{n:,} {why}" for why, n in counts.items() if why not in ("train", "test", "bad") and n)
     return f"left out: {left_out or 'nothing'}; unreadable, see quarantine.jsonl: {counts['bad']:,}"
 
@@ -1038,7 +1047,12 @@ def encode(image: Image.Image, kind: str) -> bytes:
 def members(path: Path, suffix: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """Files with that end in a folder or a tar archive -> (name inside it, how to read it before going on)."""
     if path.is_dir():
+        walked = set()
         for folder, folders, files in os.walk(path, followlinks=True):
+            if os.path.realpath(folder) in walked:  # a link to where it comes from
+                folders.clear()
+                continue
+            walked.add(os.path.realpath(folder))
             folders.sort()
             for name in sorted(file for file in files if file.endswith(suffix)):
                 full = Path(folder, name)
@@ -1245,7 +1259,7 @@ class Fmow:
             file_name = "/".join([*folders[:2], f"{entry['category']}_{entry['ID']}", f"{name}.jpg"])
             record = {"file_name": file_name, **record, "label": entry["category"], "area": folders[1]}
             crop = image.convert("RGB") if ready else image.crop((left, top, right, bottom)).convert("RGB")
-            # The bilinear resize of the baseline's OpenCV: four neighbours, no smoothing before. Pillow rounds down where
+            # The bilinear resize of the baseline's OpenCV: four neighbours, no smoothing before. Pillow cuts off where
             # OpenCV rounds: half a gray level of 255, which the standardisation takes away.
             if ready and crop.size == (size, size):
                 crop.load()
@@ -1776,8 +1790,8 @@ def check_split(folder: Path, fields: dict[str, Field], workers: int, findings: 
             add(f"{name}: constant", f"always {next(iter(different))}")
     tokens = list(lengths.elements())
     return {
-        "images": count, "fields": {name: missing[name] / max(1, count) for name in fields}, "labels": labels, "areas": areas,
-        "prints": prints, "tokens": {"shortest": min(tokens), "longest": max(tokens)} if tokens else {},
+        "images": count, "fields": {name: missing[name] / max(1, count) for name in fields}, "labels": labels,
+        "areas": areas, "prints": prints, "tokens": {"shortest": min(tokens), "longest": max(tokens)} if tokens else {},
     }  # fmt: skip
 
 
@@ -1807,11 +1821,9 @@ def check(folder: Path, workers: int, as_json: bool) -> bool:
         print(json.dumps({"can_train": fine, "problems": problems, **summary}))
         return fine
     for split, summary in (("train", train), ("test", test)):
-        missing = ", ".join(f"{name} {rate:.0%}" for name, rate in summary["fields"].items())
+        missing = ", ".join(f"{name} {rate:.0%}" for name, rate in summary["fields"].items()) or "there are no fields"
         tokens = " to ".join(map(str, summary["tokens"].values()))
-        print(
-            f"{split}: {summary['images']:,} images; missing: {missing or 'there are no fields'}; caption: {tokens} tokens"
-        )
+        print(f"{split}: {summary['images']:,} images; missing: {missing}; caption: {tokens} tokens")
         for label, classes in summary["labels"].items():
             least, most = min(classes, key=classes.get), max(classes, key=classes.get)
             print(
@@ -1954,9 +1966,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             items, total = class_folders(args.source, args.command, args.seed)
         options = {name: str(value) for name, value in vars(args).items() if name != "jobs"}
-        report = prepare(items, total, args.folder, options, max(1, args.jobs))
-        if fields:
-            save_fields(args.folder, fields)
+        report = prepare(items, total, args.folder, options, max(1, args.jobs), fields)
         print(f"{describe(args.command, args.folder, args.jobs)}\n{report}")
 
 

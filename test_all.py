@@ -864,7 +864,9 @@ def prepared(*argv, monkeypatch=None) -> tuple[list[dict], list[dict], list[dict
     argv = list(map(str, argv))
     data.main([*argv, "--jobs", "2"])
     folder = Path([a for a in argv if not a.startswith("-")][2 if argv[0] != "own" else 3])
-    return tuple(json_lines(folder / name) for name in ("train/metadata.jsonl", "test/metadata.jsonl", "quarantine.jsonl"))
+    return tuple(
+        json_lines(folder / name) for name in ("train/metadata.jsonl", "test/metadata.jsonl", "quarantine.jsonl")
+    )
 
 
 def polygon(west: float, south: float, east: float, north: float) -> str:
@@ -915,11 +917,19 @@ def write_fmow(source: Path) -> Path:
 
     view("train/airport/airport_0/airport_0_0", fmow_json((7, POSTER_BOX, "airport")), POSTER_AOI, (900, 1000))
     for i in range(1, 5):
-        view(f"train/airport/airport_0/airport_0_{i}", fmow_json((7, port, "airport")), polygon(10.04, 40.26, 10.14, 40.34))
+        view(
+            f"train/airport/airport_0/airport_0_{i}",
+            fmow_json((7, port, "airport")),
+            polygon(10.04, 40.26, 10.14, 40.34),
+        )
     both = fmow_json((8, port, "port"), (9, [200, 300, 50, 60], "port"), country_code="KO-")
     view("train/port/port_3/port_3_0", both, polygon(10.04, 40.26, 10.14, 40.34))
     single = fmow_json(country_code="CA-", utm=None)
-    view("train/port/port_3/port_3_1", {**single, "bounding_boxes": {"ID": 8, "box": port, "category": "port", "visible": "True"}}, POSTER_AOI)
+    view(
+        "train/port/port_3/port_3_1",
+        {**single, "bounding_boxes": {"ID": 8, "box": port, "category": "port", "visible": "True"}},
+        POSTER_AOI,
+    )
     view("train/port/port_4/port_4_0", fmow_json((1, [5, 5, 2, 40], "port"), (2, [350, 5, 40, 40], "port")))
     view("train/zoo/zoo_1/zoo_1_0", fmow_json((3, port, "zoo")), POSTER_AOI)
     os.truncate(source / "train/zoo/zoo_1/zoo_1_0_rgb.jpg", 700)
@@ -959,7 +969,9 @@ def test_fmow(fmow, tmp_path, groundtruth, capsys):
     train_rows, test_rows, quarantine = prepared("fmow", source, tmp_path / "out")
     rows = {row["file_name"]: row for row in train_rows}
     poster = rows["airport/airport_0/airport_7/airport_0_0_rgb.jpg"]
-    assert caption(poster, ALL) == caption(POSTER, ALL) and poster["label"] == "airport" and poster["area"] == "airport_0"
+    assert (
+        caption(poster, ALL) == caption(POSTER, ALL) and poster["label"] == "airport" and poster["area"] == "airport_0"
+    )
     image = Image.open(source / "train/airport/airport_0/airport_0_0_rgb.jpg")
     # The bilinear resize of OpenCV, slowly: pixel centres, four neighbours, the border repeated.
     crop, at = np.asarray(image.crop(POSTER_CROP), np.float64), []
@@ -975,7 +987,11 @@ def test_fmow(fmow, tmp_path, groundtruth, capsys):
     Image.fromarray(np.floor(expected + 1e-6).astype(np.uint8)).save(buffer, "JPEG", quality=95)
     difference = np.abs(found - np.asarray(Image.open(buffer)))
     assert difference.mean() < 0.01, "but for the last bit before JPEG"
-    names = ["port/port_3/port_8/port_3_0_rgb.jpg", "port/port_3/port_9/port_3_0_rgb.jpg", "port/port_3/port_8/port_3_1_rgb.jpg"]
+    names = [
+        "port/port_3/port_8/port_3_0_rgb.jpg",
+        "port/port_3/port_9/port_3_0_rgb.jpg",
+        "port/port_3/port_8/port_3_1_rgb.jpg",
+    ]
     first, second, third = (rows[name] for name in names)
     assert worst(first["location"], [10.09, 40.30]) < 1e-9 and first["country_code"] == "XKX"
     assert worst(second["location"], [10 + 0.3 * 225 / 300, 40.4 - 0.4 * 330 / 400]) < 1e-9, "from the image's bounds"
@@ -1044,7 +1060,9 @@ def test_fmow_ready_cropped(fmow, tmp_path):
         found = {k: v for k, v in files(tmp_path / f"from-{source.name}").items() if "quarantine" not in k}
         assert found.keys() == expected.keys() and all(found[k] == expected[k] for k in found if k.endswith(".jpg"))
         for split in ("train", "test"):
-            a, b = (json_lines(tmp_path / n / split / "metadata.jsonl") for n in ("from-original", f"from-{source.name}"))
+            a, b = (
+                json_lines(tmp_path / n / split / "metadata.jsonl") for n in ("from-original", f"from-{source.name}")
+            )
             assert sorted(a, key=str) == sorted(b, key=str)
     (archives / "val-metadata.tar.gz").unlink()
     assert "val-metadata.tar.gz: no such file" in complaint(data.main, "fmow", archives, tmp_path / "none")
@@ -1056,7 +1074,9 @@ def test_wilds(tmp_path, capsys):
     lines = ["split,img_filename,category,country_code,cloud_cover,timestamp,lat,lon"]
     for i, split in enumerate(("train", "seq", "train", "val", "test")):
         Image.fromarray(images_of(1, 64)[0].numpy()).save(tmp_path / f"wilds/images/rgb_img_{i}.png")
-        lines.append(f"{split},airport_hangar_0_{i}_rgb.jpg,airport_hangar,KO-,{i},2015-0{i + 1}-02T10:00:00Z,-3.5,{70 + i}")
+        lines.append(
+            f"{split},airport_hangar_0_{i}_rgb.jpg,airport_hangar,KO-,{i},2015-0{i + 1}-02T10:00:00Z,-3.5,{70 + i}"
+        )
     (tmp_path / "wilds/rgb_metadata.csv").write_text("\n".join(lines) + "\n")
     train_rows, test_rows, _ = prepared("fmow", tmp_path / "wilds", tmp_path / "out")
     assert [r["file_name"] for r in train_rows] == ["rgb_img_0.png", "rgb_img_2.png"] and len(test_rows) == 1
@@ -1100,6 +1120,18 @@ def test_killed_preparation_ends_in_the_same_bytes(fmow, tmp_path):
         data.main(argv)
     assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")
     assert "exists" in complaint(data.main, *argv)
+    (tmp_path / "killed" / data.JOURNAL).touch()  # as after a kill between the last two steps
+    data.main(argv)
+    assert files(tmp_path / "killed") == files(tmp_path / "undisturbed")
+
+
+def test_a_killed_worker_is_told(tmp_path):
+    """The system may kill a worker that needs too much memory: one line, and what is done is kept."""
+    sample = data.Sample("train", {"file_name": "a.png"}, b"")
+    items = [data.Item("0", lambda: [sample]), data.Item("1", lambda: os.kill(os.getpid(), signal.SIGKILL))]
+    with pytest.raises(BadInput, match="a process ended .* what is done is kept"):
+        data.prepare(lambda: items, 2, tmp_path / "out", {}, 1, {})
+    assert "a.png" in (tmp_path / "out.unfinished" / data.JOURNAL).read_text()
 
 
 def write_classes(folder: Path, classes: dict[str, int], suffix: str, name: str) -> list[str]:
@@ -1148,7 +1180,10 @@ def test_optimal31_and_fgsc23(tmp_path):
     for split, names in (("train", ["airplane(1).jpg"]), ("test", ["airplane(2).jpg", "zoo(1).jpg"])):
         (tmp_path / f"optimal/optimal31-{split}.txt").write_text("\n".join(names))
     rows = prepared("optimal31", tmp_path / "optimal", tmp_path / "lists")
-    assert [[r["file_name"] for r in part] for part in rows[:2]] == [["airplane/airplane(1).jpg"], ["airplane/airplane(2).jpg", "zoo/zoo(1).jpg"]]
+    assert [[r["file_name"] for r in part] for part in rows[:2]] == [
+        ["airplane/airplane(1).jpg"],
+        ["airplane/airplane(2).jpg", "zoo/zoo(1).jpg"],
+    ]
     write_classes(tmp_path / "fgsc/train", {"0": 2, "10": 2}, ".jpg", "{kind}_{i}")
     write_classes(tmp_path / "fgsc/test", {"0": 1, "2": 1}, ".jpg", "{kind}_{i}")
     train_rows, test_rows, _ = prepared("fgsc23", tmp_path / "fgsc", tmp_path / "fgsc-out")
@@ -1173,7 +1208,11 @@ def test_eurosat_from_geotiffs(tmp_path):
     bands = np.arange(13) * 250 + np.zeros((64, 64, 1), np.uint16)
     for i in (1, 2):
         keys = (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32617)
-        tags = [(33550, "d", 3, (10.0, 10.0, 0.0)), (33922, "d", 6, (0, 0, 0, 629764.0, 4833758.0, 0)), (34735, "H", 16, keys)]
+        tags = [
+            (33550, "d", 3, (10.0, 10.0, 0.0)),
+            (33922, "d", 6, (0, 0, 0, 629764.0, 4833758.0, 0)),
+            (34735, "H", 16, keys),
+        ]
         options = dict(photometric="minisblack", planarconfig="contig", extratags=tags)
         tifffile.imwrite(folder / f"Forest_{i}.tif", bands.astype(np.uint16), **options)
     for part, name in (("train", "Forest_1.jpg"), ("test", "Forest_2.jpg")):
@@ -1193,7 +1232,9 @@ def test_so2sat(tmp_path):
             file["sen2"] = np.arange(10) * 0.05 + np.zeros((n, 32, 32, 1))
             file["label"] = np.eye(17)[[16, 0, 2][:n]]
     train_rows, test_rows, _ = prepared("so2sat", tmp_path / "source", tmp_path / "out")
-    assert [r["label"] for r in train_rows] == ["water", "compact high-rise", "compact low-rise"] and len(test_rows) == 2
+    assert [r["label"] for r in train_rows] == ["water", "compact high-rise", "compact low-rise"] and len(
+        test_rows
+    ) == 2
     pixel = np.asarray(Image.open(tmp_path / "out/train" / train_rows[0]["file_name"]))[3, 3]
     assert pixel.tolist() == [round(v * 255 / 0.275) for v in (0.1, 0.05, 0)]
 
@@ -1226,14 +1267,14 @@ def test_dates_as_people_write_them(text):
 def test_kinds_of_columns():
     """What a column is taken for, by nine tenths of its values."""
     values = {
-        "height": ["1.5", 2, "3e3", "NA"], "count": [1, 2, 3], "bands": [[1, 2.5], [3, 4]], "site": ["a", "b", "a", "7"],
+        "height": ["1.5", 2, "3e3", "NA"], "count": [1, 2, 3], "bands": [[1, 2.5], [3, 4]], "site": ["a", "b", "7"],
         "acquired": ["20150921", "2015-09-22", "22 Sep 2015"], "id": [f"x{i}" for i in range(50)], "gsd": [[1, 2]],
         "mixed": [1] * 95 + ["bad"] * 5, "half": [1, "bad"] * 5,
     }  # fmt: skip
     kinds = {
         "height": ("number", "%.6g", ()), "count": ("number", "%.0f", ()), "bands": ("number", "%.6g", ("1", "2")),
-        "site": ("category", "%s", ()), "acquired": ("timestamp", "%s", ()), "id": None, "mixed": ("number", "%.0f", ()),
-        "gsd": ("number", "%.4f", ("x", "y")), "half": ("category", "%s", ()),
+        "site": ("category", "%s", ()), "acquired": ("timestamp", "%s", ()), "id": None,
+        "mixed": ("number", "%.0f", ()), "gsd": ("number", "%.4f", ("x", "y")), "half": ("category", "%s", ()),
     }  # fmt: skip
     for name, column in values.items():
         field, remark = metadata.infer_field(name, column)
@@ -1242,8 +1283,17 @@ def test_kinds_of_columns():
 
 
 def test_rows_are_put_in_order():
-    """Blanks, lists as text, STAC's names, two coordinates; Namibia's NA stays; what is in order comes back as it is."""
-    row = {"lon": "12.5", "LAT": "41.9", "eo:cloud_cover": 3, "bands": "[1, 2]", "x": "n/a", "y": "", "country": "NA", "night": True}
+    """Blanks, lists as text, STAC's names, two coordinates; Namibia's NA stays; what is in order stays as it is."""
+    row = {
+        "lon": "12.5",
+        "LAT": "41.9",
+        "eo:cloud_cover": 3,
+        "bands": "[1, 2]",
+        "x": "n/a",
+        "y": "",
+        "country": "NA",
+        "night": True,
+    }
     expected = {"location": ["12.5", "41.9"], "cloud_cover": 3, "bands": [1, 2], "country": "NA", "night": "true"}
     assert metadata.canonical(row) == expected and metadata.canonical(POSTER) == POSTER
     assert metadata.canonical({"location": [1, 2], "lon": 5, "lat": 6}) == {"location": [1, 2], "lon": 5, "lat": 6}
@@ -1271,9 +1321,22 @@ def write_own(folder: Path, n: int = 60) -> Path:
 def test_ones_own_table_trains_and_evaluates(encoder, tmp_path, capsys):
     """Unknown columns, blanks, four date formats, a category first seen in the test split; a blank is its row's own."""
     source = write_own(tmp_path / "mine")
-    argv = ("own", source / "table.csv", source / "images", tmp_path / "out", "--label", "kind", "--split-column", "split")
+    argv = (
+        "own",
+        source / "table.csv",
+        source / "images",
+        tmp_path / "out",
+        "--label",
+        "kind",
+        "--split-column",
+        "split",
+    )
     train_rows, test_rows, bad = prepared(*argv)
-    assert (len(train_rows), len(test_rows), bad) == (48, 12, []) and "left out: 60 different values" in capsys.readouterr().out
+    assert (len(train_rows), len(test_rows), bad) == (
+        48,
+        12,
+        [],
+    ) and "left out: 60 different values" in capsys.readouterr().out
     fields = data.read_fields(tmp_path / "out")
     assert {name: (f.kind, len(f.parts)) for name, f in fields.items()} == {
         "elevation": ("number", 0), "soil": ("category", 0), "acquired": ("timestamp", 0), "location": ("number", 2),
@@ -1283,7 +1346,9 @@ def test_ones_own_table_trains_and_evaluates(encoder, tmp_path, capsys):
     train.main(list(map(str, argv)))
     evaluate.main(["--checkpoint", str(tmp_path / "run/checkpoint.pt"), "--modality", "both", "--workers", "0"])
     pretrained, _ = evaluate.load_pretrained(tmp_path / "run/checkpoint.pt", torch.device("cpu"))
-    assert [f.name for f in pretrained.fields] == list(fields) and {r["soil"] for r in test_rows if "soil" in r} == {"peat"}
+    assert [f.name for f in pretrained.fields] == list(fields) and {r["soil"] for r in test_rows if "soil" in r} == {
+        "peat"
+    }
 
     def embed(rows: list[dict]) -> torch.Tensor:
         table = pretrained.metadata(data.tabulate(rows, pretrained.fields, captions=True))
@@ -1312,10 +1377,14 @@ def test_plain_image_folders(tmp_path, capsys):
     argv = [*TINY, "--data", str(tmp_path / "hf"), "--metadata-encoder", "table", "--epochs", "1"]
     train.main([*argv, "--output", str(tmp_path / "run"), "--fields", "soil,elevation,acquired,location"])
     out = capsys.readouterr().out
-    assert regex.search(r"elevation +number +\d\d%", out) and checkpoint(tmp_path / "run")["schema"]["categories"] == {"soil": ["clay", "sand"]}
+    assert regex.search(r"elevation +number +\d\d%", out) and checkpoint(tmp_path / "run")["schema"]["categories"] == {
+        "soil": ["clay", "sand"]
+    }
     assert "unknown field 'sol'" in complaint(train.main, *argv, "--output", tmp_path / "x", "--fields", "sol")
     assert "missing in every row" in complaint(train.main, *argv, "--output", tmp_path / "x", "--fields", "gsd")
-    (tmp_path / "hf/fields.json").write_text('{"soil": {"kind": "category"}, "elevation": {"kind": "number", "style": "%.1f"}}')
+    (tmp_path / "hf/fields.json").write_text(
+        '{"soil": {"kind": "category"}, "elevation": {"kind": "number", "style": "%.1f"}}'
+    )
     assert [f.style for f in data.choose_fields(tmp_path / "hf", "")] == ["%s", "%.1f"]
     for wrong in ('{"soil": {"kind": "categories"}}', '{"soil": {"sort": 1, "kind": "number"}}', "[1]", "{"):
         (tmp_path / "hf/fields.json").write_text(wrong)
@@ -1330,7 +1399,18 @@ def test_own_options(tmp_path):
     rows += [{"p": "a/none.png"}, {"p": "../table.jsonl"}, {"p": "/etc/hostname"}, {"code": 1}]
     (source / "table.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "[1]\n{\n")
     argv = ["own", source / "table.jsonl", source / "images", tmp_path / "out"]
-    options = ["--types", "code=category", "--dates", "day-first", "--area", "place", "--test-share", "0.3", "--path-column", "p"]
+    options = [
+        "--types",
+        "code=category",
+        "--dates",
+        "day-first",
+        "--area",
+        "place",
+        "--test-share",
+        "0.3",
+        "--path-column",
+        "p",
+    ]
     train_rows, test_rows, bad = prepared(*argv, *options)
     assert {r["when"] for r in train_rows} == {"2015-04-03"} and len(train_rows) + len(test_rows) == 40
     assert data.read_fields(tmp_path / "out")["code"].kind == "category"
@@ -1353,23 +1433,44 @@ def test_stac_items(tmp_path):
         folder = tmp_path / "stac" / f"item{i}"
         folder.mkdir(parents=True)
         Image.fromarray(images_of(1, 40)[0].numpy()).save(folder / ("thumb.png" if i else f"item{i}.png"))
-        properties = {"datetime": f"2015-09-0{i + 1}T15:30:08Z", "gsd": 0.5, "eo:cloud_cover": i, "view:off_nadir": 12.5}
-        properties |= {"view:sun_azimuth": 100 + i, "view:sun_elevation": 50, "platform": "worldview-2", "kind": "ab"[i % 2]}
+        properties = {
+            "datetime": f"2015-09-0{i + 1}T15:30:08Z",
+            "gsd": 0.5,
+            "eo:cloud_cover": i,
+            "view:off_nadir": 12.5,
+        }
+        properties |= {
+            "view:sun_azimuth": 100 + i,
+            "view:sun_elevation": 50,
+            "platform": "worldview-2",
+            "kind": "ab"[i % 2],
+        }
         item = {"type": "Feature", "bbox": [10 + i, 40, 12 + i, 42], "properties": properties}
         item["assets"] = {"meta": {"href": "./x.xml"}, "thumb": {"href": "./thumb.png"}}
         (folder / f"item{i}.json").write_text(json.dumps(item))
     (tmp_path / "stac/catalog.json").write_text('{"type": "Catalog"}')
     (tmp_path / "stac/broken.json").write_text('{"type": "Feature"}')
-    rows = prepared("own", tmp_path / "stac", tmp_path / "stac", tmp_path / "out", "--label", "kind", "--test-share", "0.5")
+    rows = prepared(
+        "own", tmp_path / "stac", tmp_path / "stac", tmp_path / "out", "--label", "kind", "--test-share", "0.5"
+    )
     record = next(r for part in rows[:2] for r in part if "item1" in r["file_name"])
     assert caption(record, ALL) == (
         "gsd: [0.5000, 0.5000], timestamp: 2015-09-02T15:30:08Z, location: [12.000000, 41.000000], cloud_cover: 1, "
         "sun_azimuth_angle: 101.00, sun_elevation_angle: 50.00, off_nadir_angle: 12.50, sensor_platform: worldview-2"
     )
-    assert record["label"] == "b" and len(rows[0]) + len(rows[1]) == 4 and "broken.json: not a STAC item" in rows[2][0]["problem"]
+    assert (
+        record["label"] == "b"
+        and len(rows[0]) + len(rows[1]) == 4
+        and "broken.json: not a STAC item" in rows[2][0]["problem"]
+    )
 
 
-DEPTHS = {"I;16": (".png", np.uint16), "RGB": (".png", np.uint16), "I;16 tif": (".tif", np.uint16), "F": (".tif", np.float32)}
+DEPTHS = {
+    "I;16": (".png", np.uint16),
+    "RGB": (".png", np.uint16),
+    "I;16 tif": (".tif", np.uint16),
+    "F": (".tif", np.float32),
+}
 
 
 def deep_image(path: Path, what: str) -> np.ndarray:
@@ -1378,7 +1479,9 @@ def deep_image(path: Path, what: str) -> np.ndarray:
     if what == "RGB":  # Pillow cannot write these: a PNG by hand
         pixels = np.stack([pixels, pixels + 1, pixels + 2], -1)
         raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-        chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))  # noqa: E731
+        chunk = lambda kind, body: (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )  # noqa: E731
         head = chunk(b"IHDR", struct.pack(">IIBBBBB", 40, 40, 16, 2, 0, 0, 0))
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
     else:
@@ -1448,8 +1551,8 @@ def plant(folder: Path) -> dict[str, str]:
         text = "".join(json.dumps(r) + "\n" for r in rows).replace("2004-13-01", "2004-12-01")
         (folder / split / "metadata.jsonl").write_text(text + ("not a line\n" if split == "train" else ""))
     return {
-        "timestamp: no date": "sometime", "location: latitude and longitude swapped": "112.5", "gsd: malformed": "'wide'",
-        "location: out of range": "200.0", "location outside its utm_zone": "18M", "cloud_cover: out of range": "140",
+        "timestamp: no date": "sometime", "location: latitude and longitude swapped": "112.5",
+        "gsd: malformed": "'wide'", "location: out of range": "200.0", "location outside its utm_zone": "18M", "cloud_cover: out of range": "140",
         "image without a row": "extra.jpg", "unreadable image": "13.png", "row without its image": "14.png",
         "image twice": "22.png is 20.png", "image in train and test": "23.png, 01.png", "file_name twice": "15.jpg",
         "unreadable line": "line 50: not JSON", "area in train and test": "shared", "wavelengths: constant": "661",
@@ -1466,9 +1569,16 @@ def test_check_finds_every_planted_fault(dataset, tmp_path, capsys):
     problems = {p["problem"]: p for p in found["problems"]}
     assert problems.keys() == planted.keys() and all(planted[p] in problems[p]["first"] for p in planted)
     assert stopped.value.code == 1 and not found["can_train"]
-    assert {p for p in problems if problems[p]["stops"]} == {"unreadable line", "unreadable image", "row without its image"}
+    assert {p for p in problems if problems[p]["stops"]} == {
+        "unreadable line",
+        "unreadable image",
+        "row without its image",
+    }
     assert all(problems[p]["count"] == 1 for p in problems if not p.startswith("gsd"))
-    assert found["train"]["fields"]["utm_zone"] == pytest.approx(48 / 49) and found["train"]["labels"]["label_kind"]["ice"] > 5
+    assert (
+        found["train"]["fields"]["utm_zone"] == pytest.approx(48 / 49)
+        and found["train"]["labels"]["label_kind"]["ice"] > 5
+    )
     with pytest.raises(SystemExit):
         data.main(["check", str(folder), "--jobs", "1"])
     assert regex.search(r"train +image twice +1 +runs +22.png", capsys.readouterr().out)
@@ -1809,7 +1919,7 @@ WRONG_DATA = {  # what is wrong: how it comes about in train/, what the message 
     "no metadata.jsonl": (lambda folder: (folder / "metadata.jsonl").unlink(), "train/metadata.jsonl: no such file"),
     "no rows": (lambda folder: (folder / "metadata.jsonl").write_text("\n"), "train/metadata.jsonl: no rows"),
     "not JSON": (append('{"file_name": oops}'), "train/metadata.jsonl, line 49: not JSON"),
-    "not an object": (append('["03.jpg"]'), 'train/metadata.jsonl, line 49: not a JSON object'),
+    "not an object": (append('["03.jpg"]'), "train/metadata.jsonl, line 49: not a JSON object"),
     "no file_name": (append('{"gsd": 1}'), 'train/metadata.jsonl, line 49: no "file_name"'),
     "path upwards": (append('{"file_name": "../test/03.jpg"}'), "line 49: file_name '../test/03.jpg' leaves"),
     "absolute path": (append('{"file_name": "/etc/hostname"}'), "line 49: file_name '/etc/hostname' leaves"),
