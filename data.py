@@ -52,7 +52,7 @@ from PIL import Image
 from torch import Tensor
 
 from metadata import (
-    DEFAULT_FIELDS, FIELDS, KINDS, BadInput, Categories, Field, TableSchema, Tokenizer, canonical, caption,
+    DEFAULT_FIELDS, FIELDS, KINDS, VOCABULARY_SIZE, BadInput, Categories, Field, TableSchema, Tokenizer, canonical, caption,
     field_of_kind, format_value, infer_field, is_metadata, iso_timestamp, number_columns, parse_fields, parse_number,
     parse_numbers, parse_timestamp, table_row,
 )  # fmt: skip
@@ -440,10 +440,16 @@ def class_ids(name: str, *splits: Split) -> tuple[list[str], list[Tensor]]:
 class Metadata:
     """The metadata of n rows as the encoder takes it: encoded once, then only indexed."""
 
-    def __init__(self, table: Table, encoder: str, schema: TableSchema | None = None, context: int | None = None):
-        """encoder: "text", "table" or "none". schema: for the table encoder. context: most tokens of a caption."""
+    def __init__(self, table: Table, encoder: str, schema: TableSchema | list[int] | None, context: int | None = None):
+        """encoder: "text", "table" or "none". schema: of the table, or the token ids that training captions hold.
+        context: most tokens of a caption.
+
+        Some 95 of the vocabulary's 49,408 tokens are ever met. Only they have a row in the encoder's embedding, and
+        all others one together: a row that no caption reaches would cost its share of every step for nothing."""
         self.encoder, self.tokens, self.longest = encoder, table.tokens, 0
         if encoder == "text":
+            self.row = np.full(VOCABULARY_SIZE, len(schema))
+            self.row[schema] = np.arange(len(schema))
             longest = int(np.diff(table.tokens.ends).max())
             self.longest = min(longest, context or longest)
         elif encoder == "table":
@@ -451,7 +457,7 @@ class Metadata:
 
     def batch(self, rows: Tensor, device: torch.device) -> tuple[Tensor, ...] | None:
         """Rows [B] -> what the metadata encoder's forward takes: (numbers [B, F_num], categories [B, F_cat]), or
-        (ids [B, L], lengths [B]) with L the longest caption of the batch. One that is too long loses its last
+        (embedding rows [B, L], lengths [B]) with L the longest caption of the batch. One that is too long loses its last
         words, never its end token."""
         if self.encoder == "none":
             return None
@@ -462,9 +468,9 @@ class Metadata:
             lengths = np.minimum(ends - starts, self.longest)
             at = np.arange(lengths.max())
             inside = at < lengths[:, None]
-            ids = np.where(inside, self.tokens.values[np.where(inside, starts[:, None] + at, 0)], 0).astype(np.int64)
+            ids = self.tokens.values[np.where(inside, starts[:, None] + at, 0)]
             ids[np.arange(len(ids)), lengths - 1] = self.tokens.values[ends - 1]
-            first, second = torch.from_numpy(ids), torch.from_numpy(lengths)
+            first, second = torch.from_numpy(np.where(inside, self.row[ids], 0)), torch.from_numpy(lengths)
         return first.to(device, non_blocking=True), second.to(device, non_blocking=True)
 
 

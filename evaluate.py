@@ -33,7 +33,9 @@ TEMPERATURE = 0.07  # NOTE[PAPER] "following standard practice": the value of al
 class Pretrained:
     """A model with all it needs to read a dataset as in training: fields, schema, context, image size."""
 
-    def __init__(self, model: SatMIP, fields: tuple[Field, ...], schema: TableSchema | None, device: torch.device):
+    def __init__(
+        self, model: SatMIP, fields: tuple[Field, ...], schema: TableSchema | list | None, device: torch.device
+    ):
         self.model, self.fields, self.schema, self.device = model, fields, schema, device
         self.encoder = model.config.metadata_encoder
 
@@ -73,7 +75,7 @@ def load_pretrained(path: Path, device: torch.device) -> tuple[Pretrained, dict]
     state = read_checkpoint(path)
     model = SatMIP(ModelConfig(**state["model_config"]))
     load_weights(model, state["model"], path)
-    schema = TableSchema(**state["schema"]) if state["schema"] else None
+    schema = TableSchema(**state["schema"]) if isinstance(state["schema"], dict) else state["schema"]
     fields = tuple(Field(**{**field, "parts": tuple(field["parts"])}) for field in state["fields"])
     return Pretrained(model.to(device).eval(), fields, schema, device), state
 

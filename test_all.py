@@ -260,14 +260,39 @@ def test_batches_of_tokens(tokenizer):
     a, colon, cat, hello, world, diagram = tokenizer.encode("a: cat hello world diagram")
     rows = [[49406, a, colon, cat, 49407], [49406, 49407], [49406, a, colon, hello, world, diagram, 49407]]
     assert table.tokens.values.dtype == np.uint16 and [table.tokens[i].tolist() for i in range(3)] == rows
-    read = data.Metadata(table, "text")
+    read = data.Metadata(table, "text", list(range(49408)))
     ids, lengths = read.batch(torch.tensor([2, 1]), cpu)
     assert ids.tolist() == [rows[2], [49406, 49407, 0, 0, 0, 0, 0]] and lengths.tolist() == [7, 2] and read.longest == 7
     assert read.batch(torch.tensor([0]), cpu)[0].tolist() == [rows[0]]
-    read = data.Metadata(table, "text", context=4)
+    read = data.Metadata(table, "text", list(range(49408)), context=4)
     ids, lengths = read.batch(torch.tensor([0, 1, 2]), cpu)
     assert ids.tolist() == [[49406, a, colon, 49407], [49406, 49407, 0, 0], [49406, a, colon, 49407]]
     assert lengths.tolist() == [4, 2, 4] and read.longest == 4
+
+
+def test_rows_that_no_caption_reaches_change_nothing():
+    """An embedding of the tokens met, trained for some steps, gives what the whole vocabulary's gives."""
+    records = [{"gsd": 1 + i, "timestamp": f"20{10 + i}-03-0{i}"} for i in range(1, 9)]
+    table, losses_of = data.tabulate(records, DEFAULT, captions=True), []
+    ids = np.unique(table.tokens.values).tolist()
+    torch.manual_seed(0)
+    whole = model.TextTransformer(49408, 64, 32, 1, 4)
+    few = model.TextTransformer(len(ids) + 1, 64, 32, 1, 4)
+    few.load_state_dict({**whole.state_dict(), "token_embedding.weight": whole.token_embedding.weight[[*ids, 0]]})
+    for text, schema in ((whole, list(range(49408))), (few, ids)):
+        batch = data.Metadata(table, "text", schema).batch(torch.arange(8), torch.device("cpu"))
+        optimizer, values = torch.optim.AdamW(text.parameters(), lr=0.01, weight_decay=0.1), []
+        for _ in range(5):
+            optimizer.zero_grad()
+            (loss := text(*batch).square().mean(0).sub(torch.arange(32)).square().mean()).backward()
+            optimizer.step()
+            values.append(loss.item())
+        losses_of.append(values)
+    assert worst(*losses_of) < 1e-4 and losses_of[0][0] > losses_of[0][-1] + 1 and len(ids) < 40
+    assert worst(whole.token_embedding.weight[ids], few.token_embedding.weight[:-1]) < 1e-5
+    unseen = data.tabulate([{"timestamp": "2015-01-01T00:00Z"}], DEFAULT, captions=True)
+    row = data.Metadata(unseen, "text", ids).batch(torch.tensor([0]), torch.device("cpu"))[0][0]
+    assert (row == len(ids)).sum() == 2, "T and Z"
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -366,7 +391,8 @@ def test_a_missing_value_concerns_its_own_row_only(kind):
         batches.append([{**r, field.name: None} if row == i % 6 else r for row, r in enumerate(records)])
     table = data.tabulate(records, ALL, captions=False)
     schema = TableSchema.fit(ALL, table.numbers, table.categories)
-    read = data.Metadata(data.tabulate(sum(batches, []), ALL, captions=True), kind, schema)
+    table = data.tabulate(sum(batches, []), ALL, captions=True)
+    read = data.Metadata(table, kind, schema if kind == "table" else list(range(49408)))
     sizes = len(schema.numbers), [len(values) + 2 for values in schema.categories.values()]
     encoder = model.TextTransformer(49408, 256, 32, 2, 4) if kind == "text" else model.FTTransformer(*sizes, 32, 2, 4)
     randomise(encoder)
@@ -1733,7 +1759,8 @@ def test_every_method_overfits(method, encoder):
     places = rng.uniform((-180, -80), (180, 80), (32, 2)).tolist()
     records = [{"gsd": 1 + i % 3, "location": place, "timestamp": f"20{i + 10}"} for i, place in enumerate(places)]
     table = data.tabulate(records, DEFAULT, captions=True)
-    read = data.Metadata(table, encoder, TableSchema.fit(DEFAULT, table.numbers, table.categories))
+    schema = TableSchema.fit(DEFAULT, table.numbers, table.categories)
+    read = data.Metadata(table, encoder, schema if encoder == "table" else list(range(49408)))
     sizes = dict(vocabulary=49408, context=77, numbers=9, categories=(), metadata_width=64)
     m = small_model(encoder, image_image=method != "satmip", **sizes).train()
     views = train.make_views(images_of(32, 32), torch.arange(32), 0, config, ([0.5] * 3, [0.25] * 3))

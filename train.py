@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -403,7 +404,10 @@ def train(config: Config, preset: str) -> None:
         raise BadInput(f"--fields: {', '.join(rates)} missing in every row of {splits[0].source}; it has {columns}")
     for name in (name for name, rate in rates.items() if rate == 1):
         world.print(f"field {name} is missing in every training row: nothing is learned from it")
-    schema = TableSchema.fit(fields, table.numbers, table.categories) if encoder == "table" else None
+    schema = {
+        "none": lambda: None, "text": lambda: np.unique(table.tokens.values).tolist(),
+        "table": lambda: TableSchema.fit(fields, table.numbers, table.categories),
+    }[encoder]()  # fmt: skip
     metadata, test_metadata = (data.Metadata(split.table, encoder, schema) for split in splits)
     context = -(-max(metadata.longest, test_metadata.longest) // 8) * 8  # in tokens, from the data
     statistics = world.first(lambda: data.channel_statistics(splits[0], config.image_size, config.workers))
@@ -411,8 +415,9 @@ def train(config: Config, preset: str) -> None:
     # --- model and optimizer ---
     model_config = ModelConfig(
         config.image_size, config.patch_size, config.vit, encoder, config.metadata_width, config.metadata_layers,
-        context=context, numbers=len(schema.numbers) if schema else 0,
-        categories=tuple(len(values) + 2 for values in schema.categories.values()) if schema else (),
+        vocabulary=len(schema) + 1 if encoder == "text" else 0, context=context,
+        numbers=len(schema.numbers) if encoder == "table" else 0,
+        categories=tuple(len(v) + 2 for v in schema.categories.values()) if encoder == "table" else (),
         image_image=method.image_image, mlp_hidden=config.mlp_hidden,
     )  # fmt: skip
     torch.manual_seed(config.seed)
@@ -454,7 +459,7 @@ def train(config: Config, preset: str) -> None:
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
         return {
             "model": model.state_dict(), "model_config": asdict(model_config), "config": options,
-            "fields": [asdict(field) for field in fields], "schema": asdict(schema) if schema else None,
+            "fields": [asdict(field) for field in fields], "schema": asdict(schema) if encoder == "table" else schema,
             "channel_mean": statistics[0], "channel_std": statistics[1], "step": step,
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "versions": versions,
         }  # fmt: skip
