@@ -1,9 +1,13 @@
 """The one dataset format, how it is read, and what happens to a batch of images (Section 4.1-4.2, supplement A, B).
 
-In this order: numbered randomness -> a split read into arrays -> loading images -> augmentation on the device
--> the embedded demo data.
+In this order: numbered randomness -> a split read into arrays -> fields -> loading images -> augmentation on the
+device -> the embedded demo data -> preparing a dataset -> fMoW -> downstream datasets -> one's own -> check and show.
 
     python data.py demo data/demo        # cut 64 px images with metadata and labels out of the maps in demo/
+    python data.py fmow SOURCE DIR       # and eurosat, resisc45, ucmerced, so2sat, optimal31, fgsc23
+    python data.py own TABLE IMAGES DIR  # any CSV, JSON lines or STAC items, and their images
+    python data.py check DIR             # everything that may be wrong with a dataset
+    python data.py show DIR              # pictures: samples with captions, distributions
 
 A dataset is a folder with train/ and test/, each holding images and a metadata.jsonl (the Hugging Face
 ImageFolder convention), one JSON object a line:
@@ -16,24 +20,42 @@ absent. `area` (optional) is shared by images of the same place. `label` or `lab
 """
 
 import argparse
+import cmath
+import contextlib
+import csv
+import dataclasses
+import errno
+import functools
+import hashlib
+import importlib
 import io
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
+import tarfile
+import tempfile
+import textwrap
+from array import array
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from metadata import BadInput, Field, TableSchema, Tokenizer, caption, table_row
+from metadata import (
+    DEFAULT_FIELDS, FIELDS, KINDS, VOCABULARY_SIZE, BadInput, Categories, Field, TableSchema, Tokenizer, canonical, caption,
+    field_of_kind, format_value, infer_field, is_metadata, iso_timestamp, number_columns, parse_fields, parse_number,
+    parse_numbers, parse_timestamp, table_row,
+)  # fmt: skip
 
 # -----------------------------------------------------------------------------------------------------
 # Randomness as a function of what it is for: (seed, epoch, sample, view, slot) -> a number. No generator
@@ -58,44 +80,69 @@ def uniform(*keys: int | np.ndarray) -> np.ndarray:
 
 
 # -----------------------------------------------------------------------------------------------------
-# A split, read into arrays
+# A split, read into arrays: once, then kept beside the data and mapped, so that processes and workers share them
 
 
-class Strings:
-    """n strings in two arrays instead of n Python objects: workers share the pages, nobody copies them."""
+class Ragged:
+    """n rows of different lengths in two arrays instead of n Python objects: nobody copies what all may share."""
 
-    def __init__(self, strings: list[str]):
-        encoded = [s.encode() for s in strings]
-        self.ends = np.cumsum([0, *map(len, encoded)])
-        self.bytes = np.frombuffer(b"".join(encoded), np.uint8)
+    def __init__(self, values: np.ndarray, ends: np.ndarray):
+        self.values, self.ends = values, ends  # row i is values[ends[i] : ends[i + 1]]
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
+    def __getitem__(self, i: int):
+        return self.values[self.ends[i] : self.ends[i + 1]]
+
+
+class Strings(Ragged):
+    """n strings, as bytes."""
+
     def __getitem__(self, i: int) -> str:
-        return self.bytes[self.ends[i] : self.ends[i + 1]].tobytes().decode()
+        return super().__getitem__(i).tobytes().decode()
+
+
+class Coder:
+    """Collects categorical values, met one after another, into Categories."""
+
+    def __init__(self, missing: int = 0):
+        self.seen, self.codes = {}, array("i", [-1]) * missing
+
+    def add(self, value: str | None) -> None:
+        self.codes.append(-1 if value is None else self.seen.setdefault(value, len(self.seen)))
+
+    def done(self) -> Categories:
+        return Categories(list(self.seen), np.asarray(self.codes))
 
 
 @dataclass
 class Table:
-    """The metadata of n records, field by field, not yet encoded."""
+    """The metadata of n records, field by field, not yet standardised."""
 
-    captions: list[str]  # empty when not asked for
+    tokens: Ragged  # the captions, start and end included; no rows when not asked for
     numbers: np.ndarray  # [n, F_num] raw table features, NaN where missing
-    categories: list[list[str | None]]  # one list of n values for each categorical field
+    categories: list[Categories]  # of each categorical field
+
+
+tokenizer = functools.cache(Tokenizer)
 
 
 def tabulate(records: Iterable[dict], fields: tuple[Field, ...], captions: bool) -> Table:
-    """Records -> their table, and their captions if asked for."""
-    texts, numbers, categories = [], [], []
+    """Records -> their table, and their captions in tokens if asked for."""
+    tokens, ends, numbers = array("H"), array("q", [0]), array("d")
+    coders = [Coder() for field in fields if field.kind == "category"]
     for record in records:
         if captions:
-            texts.append(caption(record, fields))
-        row = table_row(record, fields)
-        numbers.append(row[0])
-        categories.append(row[1])
-    columns = [list(column) for column in zip(*categories)]
-    return Table(texts, np.array(numbers, np.float64), columns)
+            tokens.extend(tokenizer()(caption(record, fields)))
+            ends.append(len(tokens))
+        row, categories = table_row(record, fields)
+        numbers.extend(row)
+        for coder, value in zip(coders, categories):
+            coder.add(value)
+    columns = len(number_columns(fields))
+    numbers = np.asarray(numbers).reshape(-1, columns) if columns else np.empty((len(coders[0].codes), 0))
+    return Table(Ragged(np.asarray(tokens), np.asarray(ends)), numbers, [coder.done() for coder in coders])
 
 
 @dataclass
@@ -103,19 +150,20 @@ class Split:
     """One split of a dataset: everything a row needs, as arrays."""
 
     folder: Path
+    source: Path  # the rows as JSON lines: metadata.jsonl, or what became of metadata.csv
     names: Strings  # file names, relative to the folder
-    lines: list[int]  # where each row's line starts in metadata.jsonl, in bytes
-    labels: dict[str, list[str | None]]  # label name -> class of each row
+    lines: np.ndarray  # int64 [n], where each row's line starts in the source, in bytes
+    labels: dict[str, Categories]
     table: Table
 
     def __len__(self) -> int:
         return len(self.names)
 
     def record(self, i: int) -> dict:
-        """Row i as it stands in metadata.jsonl."""
-        with open(self.folder / "metadata.jsonl", "rb") as file:
+        """Row i, its names and blanks put in order."""
+        with open(self.source, "rb") as file:
             file.seek(self.lines[i])
-            return json.loads(file.readline())
+            return canonical(json.loads(file.readline()))
 
 
 def read_record(line: bytes, where: str) -> dict:
@@ -124,82 +172,305 @@ def read_record(line: bytes, where: str) -> dict:
         record = json.loads(line)
     except ValueError as error:
         raise BadInput(f"{where}: not JSON ({error})") from None
-    if not isinstance(record, dict) or not isinstance(record.get("file_name"), str) or not record["file_name"]:
-        raise BadInput(f'{where}: no "file_name"; each line is {{"file_name": "image.jpg", ...}}')
-    path = PurePosixPath(record["file_name"])
-    if path.is_absolute() or ".." in path.parts:
-        raise BadInput(f"{where}: file_name {record['file_name']!r} leaves the data folder")
+    if not isinstance(record, dict):
+        raise BadInput(f"{where}: not a JSON object")
     return record
 
 
+def checked(record: dict, where: str) -> dict:
+    """A record that names its image, inside the folder, else BadInput."""
+    name = record.get("file_name")
+    if not isinstance(name, str) or not name:
+        raise BadInput(f'{where}: no "file_name"; each line is {{"file_name": "image.jpg", ...}}')
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise BadInput(f"{where}: file_name {name!r} leaves the data folder")
+    return canonical(record)
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, int, dict | BadInput]]:
+    """JSON lines, or CSV with comma, semicolon or tab -> (file and line, where the line starts in bytes or -1, its
+    record, or what is wrong with it)."""
+    if path.suffix in (".csv", ".tsv"):
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+            header = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=max(",;\t", key=header.count), restkey="", strict=True)
+            while True:
+                try:
+                    row = next(reader, None)
+                    problem = BadInput(f"{path}, line {reader.line_num}: more values than columns")
+                except csv.Error as error:
+                    row, problem = {"": ""}, BadInput(f"{path}, line {reader.line_num}: not CSV ({error})")
+                if row is None:
+                    return
+                row = problem if "" in row else {k: v for k, v in row.items() if v is not None}
+                yield f"{path}, line {reader.line_num}", -1, row
+    offset = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            if line.strip():
+                try:
+                    row = read_record(line, where)
+                except BadInput as error:
+                    row = error
+                yield where, offset, row
+            offset += len(line)
+
+
+def metadata_file(folder: Path) -> Path:
+    """folder/metadata.jsonl, or .csv; BadInput when there is neither."""
+    for name in ("metadata.jsonl", "metadata.csv"):
+        if (folder / name).is_file():
+            return folder / name
+    raise BadInput(
+        f"{folder / 'metadata.jsonl'}: no such file; a dataset is a folder with train/ and test/, each with a "
+        "metadata.jsonl (or .csv); `python data.py own` makes one of any table and its images"
+    )
+
+
 def read_split(folder: Path, fields: tuple[Field, ...], captions: bool = False) -> Split:
-    """Read folder/metadata.jsonl. BadInput names what is wrong: the file, the line that is not JSON or lacks a
-    file_name, the image that does not exist."""
-    path = folder / "metadata.jsonl"
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file; a dataset is a folder with train/ and test/, each with a metadata.jsonl")
-    names, lines, labels = [], [], {}
+    """Read folder/metadata.jsonl or .csv. BadInput names what is wrong: the file, the line that cannot be read or
+    lacks a file_name, the image that does not exist.
+
+    The arrays are kept in .cache beside the split (in the system's temporary folder if that is read-only), under a
+    name that holds what they depend on: the file's size and time, the fields, this code."""
+    path = metadata_file(folder)
+    stat, ours = path.stat(), [Path(__file__).with_name(n).read_bytes() for n in ("data.py", "metadata.py")]
+    depends = repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns, fields, captions, ours))
+    name = f"{folder.name}-{hashlib.sha256(depends.encode()).hexdigest()[:20]}"
+    roots = (folder.parent / ".cache", Path(tempfile.gettempdir()) / f"satmip-{os.getuid()}")
+    for root in roots:
+        if (root / name).is_dir():
+            return open_split(root / name, folder, path)
+    for root in roots:
+        try:
+            root.mkdir(mode=0o700, exist_ok=True)
+            unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=root))
+            break
+        except OSError as error:
+            problem = error
+    else:
+        raise problem
+    try:
+        build_split(path, unfinished, fields, captions)
+        for old in root.glob(f"{folder.name}-*"):  # of an earlier state of the file, not of other fields
+            if old.stat().st_mtime_ns < stat.st_mtime_ns:
+                shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process was faster
+            unfinished.rename(root / name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return open_split(root / name, folder, path)
+
+
+def build_split(path: Path, cache: Path, fields: tuple[Field, ...], captions: bool) -> None:
+    """Read the metadata file from its beginning to its end, and leave its arrays in `cache`."""
+    from tqdm import tqdm
+
+    folder, names, ends, lines, labels = path.parent, bytearray(), array("q", [0]), array("q"), {}
+    copy = None if path.suffix == ".jsonl" else open(cache / "records.jsonl", "wb")
 
     def records() -> Iterator[dict]:
-        offset = 0
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    record = read_record(line, f"{path}, line {number}")
-                    for key in record:
-                        if key == "label" or key.startswith("label_"):
-                            labels.setdefault(key, [None] * len(names))
-                    for key, column in labels.items():
-                        value = record.get(key)
-                        column.append(None if value is None else str(value))
-                    if not os.path.isfile(folder / record["file_name"]):
-                        raise BadInput(f"{folder / record['file_name']}: no such image ({path}, line {number})")
-                    names.append(record["file_name"])
-                    lines.append(offset)
-                    yield record
-                offset += len(line)
+            total = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        for where, offset, row in tqdm(read_rows(path), f"reading {path}", total, unit=" rows", delay=3, mininterval=1):
+            if isinstance(row, BadInput):
+                raise row
+            record = checked(row, where)
+            name = record["file_name"]
+            if not os.path.isfile(os.path.join(folder, name)):
+                raise BadInput(f"{folder / name}: no such image ({where})")
+            for key in record:
+                if (key == "label" or key.startswith("label_")) and key not in labels:
+                    labels[key] = Coder(missing=len(lines))
+            for key, coder in labels.items():
+                value = record.get(key)
+                coder.add(None if value is None else str(value))
+            names.extend(name.encode())
+            ends.append(len(names))
+            if copy:
+                offset = copy.tell()
+                copy.write(json.dumps(row).encode() + b"\n")
+            lines.append(offset)
+            yield record
 
     table = tabulate(records(), fields, captions)
-    if not names:
+    if copy:
+        copy.close()
+    if not lines:
         raise BadInput(f"{path}: no rows")
-    return Split(folder, Strings(names), lines, labels, table)
+    columns = {**labels, **dict(enumerate(table.categories))}
+    arrays = {
+        "names": np.frombuffer(names, np.uint8), "name_ends": ends, "lines": lines, "numbers": table.numbers,
+        "tokens": table.tokens.values, "token_ends": table.tokens.ends,
+    } | {f"codes_{i}": column.codes for i, column in enumerate(columns.values())}  # fmt: skip
+    for key, values in arrays.items():
+        np.save(cache / f"{key}.npy", np.asarray(values))
+    values = [list(c.seen) if isinstance(c, Coder) else c.values for c in columns.values()]
+    (cache / "values.json").write_text(json.dumps([list(labels), values]))
+
+
+def open_split(cache: Path, folder: Path, path: Path) -> Split:
+    """The arrays that build_split left, mapped into memory (copy-on-write, so that torch may wrap them)."""
+    arrays = {
+        file.stem: np.load(file, mmap_mode="c" if file.stat().st_size > 128 else None) for file in cache.glob("*.npy")
+    }
+    labels, values = json.loads((cache / "values.json").read_text())
+    columns = [Categories(v, arrays[f"codes_{i}"]) for i, v in enumerate(values)]
+    table = Table(Ragged(arrays["tokens"], arrays["token_ends"]), arrays["numbers"], columns[len(labels) :])
+    source = path if path.suffix == ".jsonl" else cache / "records.jsonl"
+    names = Strings(arrays["names"], arrays["name_ends"])
+    return Split(folder, source, names, arrays["lines"], dict(zip(labels, columns)), table)
+
+
+def test_folder(folder: Path) -> Path:
+    """folder/test, or folder/validation where a dataset has no other."""
+    return next((folder / n for n in ("test", "validation") if (folder / n).is_dir()), folder / "test")
 
 
 def read_dataset(folder: str | Path, fields: tuple[Field, ...], captions: bool = False) -> tuple[Split, Split]:
     """-> (train, test); what can be wrong is said at read_split"""
-    return read_split(Path(folder) / "train", fields, captions), read_split(Path(folder) / "test", fields, captions)
+    folder = Path(folder)
+    return read_split(folder / "train", fields, captions), read_split(test_folder(folder), fields, captions)
+
+
+FIELD_OPTIONS = {"kind": str, "unit": str, "style": str, "parts": list, "low": (int, float), "high": (int, float)}
+
+
+def read_fields(folder: Path) -> dict[str, Field]:
+    """The fields that folder/fields.json defines, none without that file: {"name": {"kind": "number", "unit": "m"}}."""
+    path = folder / "fields.json"
+    if not path.is_file():
+        return {}
+    try:
+        given = json.loads(path.read_text())
+        for name, options in given.items():
+            wrong = [k for k, v in options.items() if k not in FIELD_OPTIONS or not isinstance(v, FIELD_OPTIONS[k])]
+            if wrong or options.get("kind") not in ("number", "timestamp", "category"):
+                what = f"{wrong[0]!r}" if wrong else f"kind {options.get('kind')!r}"
+                options = ", ".join(FIELD_OPTIONS)
+                raise BadInput(
+                    f"{path}: {name}: {what}; a field has a kind (number, timestamp, category), of {options}"
+                )
+            options.get("style", "%s") % 1.0  # TypeError, ValueError: not a style for one number
+        return {name: Field(name, **{**o, "parts": tuple(o.get("parts", ()))}) for name, o in given.items()}
+    except BadInput:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path}: not a JSON object of fields ({error})") from None
+
+
+def infer_fields(rows: Iterable[dict], kinds: dict[str, str]) -> tuple[dict[str, Field], str]:
+    """Fields of all columns that are metadata, from up to 100,000 rows -> (fields by name, a table of them to print).
+
+    kinds: what the user says a column is, which is not questioned."""
+    columns, count = {}, 0
+    for count, row in enumerate(itertools.islice(rows, 100_000), 1):
+        for name, value in row.items():
+            if is_metadata(name) and value is not None:
+                columns.setdefault(name, []).append(value)
+    unknown = [name for name, kind in kinds.items() if name not in columns and kind != "skip"]
+    if unknown:
+        raise BadInput(f"--types: no column {unknown[0]!r}; there are {', '.join(columns)}")
+    found = {
+        name: (field_of_kind(name, kinds[name], values), "as you say") if name in kinds else infer_field(name, values)
+        for name, values in columns.items()
+    }
+    lines = [("column", "kind", "filled", "example", "remark")]
+    for name, (field, remark) in found.items():
+        kind = "-" if field is None else f"list of {len(field.parts)}" if field.parts else field.kind
+        example = next((format_value(v, field) for v in columns[name] if field and format_value(v, field)), "")
+        lines.append((name, kind, f"{len(columns[name]) / count:.0%}", example[:40], remark))
+    return {name: field for name, (field, _) in found.items() if field}, columns_of_text(lines)
+
+
+def columns_of_text(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines)
+
+
+def save_fields(folder: Path, fields: dict[str, Field]) -> None:
+    """Write folder/fields.json, of each field what differs from a plain one."""
+    plain = {f.name: f.default for f in dataclasses.fields(Field)}
+    chosen = {
+        n: {k: v for k, v in dataclasses.asdict(f).items() if k != "name" and v != plain[k]} for n, f in fields.items()
+    }
+    (folder / "fields.json").write_text(json.dumps(chosen, indent=2) + "\n")
+
+
+def choose_fields(folder: Path, names: str) -> tuple[Field, ...]:
+    """What --fields means for a dataset. No names: the paper's three, or all that the dataset's fields.json lists. A
+    column that nobody defined is inferred from the train split's values, and what it is taken for is printed."""
+    own = read_fields(folder)
+    names = names or ("all" if own else DEFAULT_FIELDS)
+    asked = {name.strip() for name in names.split(",")} - FIELDS.keys() - own.keys() - {"all", ""}
+    if asked:
+        rows = (r for _, _, r in read_rows(metadata_file(folder / "train")) if isinstance(r, dict))
+        inferred, table = infer_fields(map(canonical, rows), {})
+        print(f"columns of {folder / 'train'}, by their values (a fields.json beside it can say otherwise):\n{table}")
+        own = {name: field for name, field in inferred.items() if name not in FIELDS} | own
+    return parse_fields(names, own)
+
+
+def missing_rates(table: Table, fields: tuple[Field, ...]) -> dict[str, float]:
+    """Share of the rows in which each field is missing altogether."""
+    numbers, categories, rates = iter(np.isnan(table.numbers).T), iter(table.categories), {}
+    for field in fields:
+        if field.kind == "category":
+            rates[field.name] = float((next(categories).codes < 0).mean())
+        else:
+            rates[field.name] = float(np.all([next(numbers) for _ in number_columns((field,))], axis=0).mean())
+    return rates
 
 
 def class_ids(name: str, *splits: Split) -> tuple[list[str], list[Tensor]]:
     """-> the classes of that label in any split, sorted (0, 1, ... if they are integers), and ids [n] of each
     split, -1 where a row has no label."""
-    columns = [split.labels.get(name, [None] * len(split)) for split in splits]
-    classes = sorted({value for column in columns for value in column if value is not None})
+    nothing = lambda split: Categories([], np.full(len(split), -1))  # noqa: E731
+    columns = [split.labels.get(name) or nothing(split) for split in splits]
+    classes = sorted({value for column in columns for value in column.values})
     if all(value.isdecimal() for value in classes):
         classes.sort(key=int)
-    code = {value: i for i, value in enumerate(classes)} | {None: -1}
-    return classes, [torch.tensor([code[value] for value in column]) for column in columns]
+    code = {value: i for i, value in enumerate(classes)}
+    return classes, [torch.tensor([*map(code.get, c.values), -1])[torch.from_numpy(c.codes).long()] for c in columns]
 
 
 class Metadata:
     """The metadata of n rows as the encoder takes it: encoded once, then only indexed."""
 
-    def __init__(self, table: Table, encoder: str, schema: TableSchema | None = None, context: int | None = None):
-        """encoder: "text", "table" or "none". schema: for the table encoder. context: most tokens of a caption."""
-        self.encoder, self.longest = encoder, 0
+    def __init__(self, table: Table, encoder: str, schema: TableSchema | list[int] | None, context: int | None = None):
+        """encoder: "text", "table" or "none". schema: of the table, or the token ids that training captions hold.
+        context: most tokens of a caption.
+
+        Some 95 of the vocabulary's 49,408 tokens are ever met. Only they have a row in the encoder's embedding, and
+        all others one together: a row that no caption reaches would cost its share of every step for nothing."""
+        self.encoder, self.tokens, self.longest = encoder, table.tokens, 0
         if encoder == "text":
-            tokens, lengths = Tokenizer()(table.captions, context)
-            self.arrays, self.longest = (torch.from_numpy(tokens), torch.from_numpy(lengths)), tokens.shape[1]
+            self.row = np.full(VOCABULARY_SIZE, len(schema))
+            self.row[schema] = np.arange(len(schema))
+            longest = int(np.diff(table.tokens.ends).max())
+            self.longest = min(longest, context or longest)
         elif encoder == "table":
             self.arrays = tuple(map(torch.from_numpy, schema.encode(table.numbers, table.categories)))
 
     def batch(self, rows: Tensor, device: torch.device) -> tuple[Tensor, ...] | None:
-        """Rows [B] -> what the metadata encoder's forward takes. Captions are padded to the longest of the batch."""
+        """Rows [B] -> what the metadata encoder's forward takes: (numbers [B, F_num], categories [B, F_cat]), or
+        (embedding rows [B, L], lengths [B]) with L the longest caption of the batch. One that is too long loses its last
+        words, never its end token."""
         if self.encoder == "none":
             return None
-        first, second = (array[rows] for array in self.arrays)
-        if self.encoder == "text":
-            first = first[:, : int(second.max())].long()
+        if self.encoder == "table":
+            first, second = (values[rows] for values in self.arrays)
+        else:
+            starts, ends = self.tokens.ends[rows.numpy()], self.tokens.ends[rows.numpy() + 1]
+            lengths = np.minimum(ends - starts, self.longest)
+            at = np.arange(lengths.max())
+            inside = at < lengths[:, None]
+            ids = self.tokens.values[np.where(inside, starts[:, None] + at, 0)]
+            ids[np.arange(len(ids)), lengths - 1] = self.tokens.values[ends - 1]
+            first, second = torch.from_numpy(np.where(inside, self.row[ids], 0)), torch.from_numpy(lengths)
         return first.to(device, non_blocking=True), second.to(device, non_blocking=True)
 
 
@@ -211,21 +482,35 @@ Image.MAX_IMAGE_PIXELS = 500_000_000  # satellite images are large (fMoW has 20,
 MODES = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "1")  # 8 bits a channel: what convert("RGB") reads right
 
 
-def load_image(path: Path, size: int) -> np.ndarray:
-    """-> uint8 [size, size, 3]; an image of another size is resized, aspect not kept. BadInput names the path."""
+def open_image(file: Path | io.BytesIO, path: Path, size: int | None = None) -> Image.Image:
+    """An image, decoded; a JPEG without the detail that a reduction to `size` would drop. BadInput names the path."""
     try:
-        with Image.open(path) as image:
-            if image.mode not in MODES:
-                raise BadInput(f"{path}: mode {image.mode}, more than 8 bits a channel; convert it to 8-bit RGB")
-            image.draft("RGB", (size, size))  # lets the JPEG decoder skip detail that the resize would drop
-            image = image.convert("RGB")
-            if image.size != (size, size):
-                image = image.resize((size, size), Image.Resampling.BILINEAR)
-            return np.asarray(image)
+        image = Image.open(file)
+        modes = [tile[3] if isinstance(tile[3], str) else str(tile[3] and tile[3][0]) for tile in image.tile]
+        if image.mode not in MODES or any(
+            ";16" in mode for mode in modes
+        ):  # Pillow would drop 8 of the bits in silence
+            raise BadInput(
+                f"{path}: mode {image.mode}, more than 8 bits a channel; "
+                "`python data.py own TABLE IMAGES DIR --range LOW HIGH` makes 8 bits of them"
+            )
+        if size:
+            image.draft("RGB", (size, size))
+        image.load()
+        return image
     except BadInput:
         raise
     except Exception as error:  # Pillow raises what its decoders raise: OSError, SyntaxError, struct.error, ...
         raise BadInput(f"{path}: cannot be read as an image ({error})") from None
+
+
+def load_image(path: Path, size: int) -> np.ndarray:
+    """-> uint8 [size, size, 3]; an image of another size is resized, aspect not kept. BadInput names the path."""
+    with open_image(path, path, size) as image:
+        image = image.convert("RGB")
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(image)
 
 
 class Images(torch.utils.data.Dataset):
@@ -622,19 +907,1078 @@ def prepare_demo(folder: Path, train: int = 20_000, test: int = 4_000, seed: int
 
 
 # -----------------------------------------------------------------------------------------------------
+# Preparing a dataset: any number of items over all cores, resumable after a kill, nothing lost to a bad file
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Prepare a dataset.")
-    commands = parser.add_subparsers(dest="command", required=True)
+class Sample(NamedTuple):
+    """One image of a prepared dataset."""
+
+    split: str
+    record: dict  # its line of metadata.jsonl
+    image: bytes  # its file
+
+
+class Item(NamedTuple):
+    """A piece of a source."""
+
+    key: str  # unique, and its place in the order
+    make: Callable[[], Iterable[Sample | str]]  # samples, and reasons why something was left out
+
+
+JOURNAL = "journal.jsonl"  # a line for each item done: what it became
+
+
+class Preparing(torch.utils.data.IterableDataset):
+    """Each worker walks all items and makes its share of those that are not done: a stream (an archive) is read by
+    every worker, which costs less than handing its contents from process to process."""
+
+    def __init__(self, items: Callable[[], Iterable[Item]], done: set[str], folder: Path):
+        self.items, self.done, self.folder = items, done, folder
+
+    def __iter__(self) -> Iterator[str]:
+        worker = torch.utils.data.get_worker_info()
+        for i, item in enumerate(self.items()):
+            if i % worker.num_workers == worker.id and item.key not in self.done:
+                yield self.work(item)
+
+    def work(self, item: Item) -> str:
+        """Write the item's images -> its line of the journal."""
+        entry = {"key": item.key, "rows": [], "left_out": [], "bad": None}
+        try:
+            for made in list(item.make()):  # all of it, before anything is written
+                if isinstance(made, str):
+                    entry["left_out"].append(made)
+                else:
+                    path = self.folder / made.split / made.record["file_name"]
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(made.image)
+                    entry["rows"].append([made.split, json.dumps(made.record, allow_nan=False)])
+        except Exception as error:  # a source has faults that nobody has thought of: each is named, none stops the rest
+            why = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            entry = {"stop": why} if full else entry | {"rows": [], "bad": why}
+        return json.dumps(entry)
+
+
+def prepare(
+    items: Callable[[], Iterable[Item]], total: int, folder: Path, options: dict, jobs: int, fields: dict[str, Field]
+) -> str:  # fmt: skip
+    """Make all items into a dataset -> a report. `options` are those that the result depends on.
+
+    Works in folder.unfinished; a kill at any moment costs the images in hand, and the next start goes on. The result
+    does not depend on kills, nor on the number of jobs."""
+    from tqdm import tqdm
+
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    if (folder / JOURNAL).exists():  # killed after the last step but one
+        (folder / JOURNAL).unlink()
+        return f"{folder} had been finished"
+    if folder.exists():
+        raise BadInput(f"{folder}: exists; remove it first, or choose another folder")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    journal, done, whole = unfinished / JOURNAL, set(), 0
+    journal.touch()
+    with open(journal, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):  # torn by a kill
+                break
+            entry, whole = json.loads(line), whole + len(line)
+            if "key" in entry:
+                done.add(entry["key"])
+            elif entry != options:
+                raise BadInput(f"{unfinished}: begun with other options ({entry}); remove it to start anew")
+    os.truncate(journal, whole)
+    loader = torch.utils.data.DataLoader(
+        Preparing(items, done, unfinished), batch_size=None, num_workers=jobs, multiprocessing_context="fork"
+    )
+    with (
+        open(journal, "a") as file,
+        tqdm(total=total, initial=len(done), desc=f"preparing {folder}", mininterval=1) as bar,
+    ):
+        if not whole:
+            file.write(json.dumps(options) + "\n")
+        try:
+            for line in loader:
+                if line.startswith('{"stop"'):
+                    raise BadInput(f"{json.loads(line)['stop']}; what is done is kept, start again to go on")
+                file.write(line + "\n")
+                file.flush()
+                bar.update()
+        except RuntimeError as error:  # of DataLoader, when the system has killed a worker
+            raise BadInput(f"a process ended ({error}); what is done is kept, fewer --jobs need less memory") from None
+    counts = write_metadata(unfinished)
+    if fields:
+        save_fields(unfinished, fields)
+    if not counts["train"]:
+        why = (unfinished / "quarantine.jsonl").read_text().split("\n")[0]
+        raise BadInput(f"{folder}: no training image came of it; the first that was refused: {why or 'there was none'}")
+    unfinished.rename(folder)
+    (folder / JOURNAL).unlink()
+    left_out = ", ".join(f"{n:,} {why}" for why, n in counts.items() if why not in ("train", "test", "bad") and n)
+    return f"left out: {left_out or 'nothing'}; unreadable, see quarantine.jsonl: {counts['bad']:,}"
+
+
+def write_metadata(folder: Path) -> Counter:
+    """The journal, in the order of its keys -> train/ and test/metadata.jsonl and quarantine.jsonl; -> counts."""
+    places, counts = [], Counter()
+    with open(folder / JOURNAL, "rb") as file, contextlib.ExitStack() as stack:
+        offset = len(file.readline())
+        for line in file:
+            places.append((json.loads(line)["key"], offset))
+            offset += len(line)
+        for split in ("train", "test"):
+            (folder / split).mkdir(exist_ok=True)
+        out = {s: stack.enter_context(open(folder / s / "metadata.jsonl", "w")) for s in ("train", "test")}
+        quarantine = stack.enter_context(open(folder / "quarantine.jsonl", "w"))
+        for key, offset in sorted(places):
+            file.seek(offset)
+            entry = json.loads(file.readline())
+            for split, line in entry["rows"]:
+                out[split].write(line + "\n")
+            if entry["bad"] is not None:
+                quarantine.write(json.dumps({"item": key, "problem": entry["bad"]}) + "\n")
+            counts.update(
+                [split for split, _ in entry["rows"]] + entry["left_out"] + ["bad"] * (entry["bad"] is not None)
+            )
+    return counts
+
+
+def encode(image: Image.Image, kind: str) -> bytes:
+    """kind: "JPEG" at quality 95, or "PNG"."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"quality": 95} if kind == "JPEG" else {}))
+    return buffer.getvalue()
+
+
+def members(path: Path, suffix: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Files with that end in a folder or a tar archive -> (name inside it, how to read it before going on)."""
+    if path.is_dir():
+        walked = set()
+        for folder, folders, files in os.walk(path, followlinks=True):
+            if os.path.realpath(folder) in walked:  # a link to where it comes from
+                folders.clear()
+                continue
+            walked.add(os.path.realpath(folder))
+            folders.sort()
+            for name in sorted(file for file in files if file.endswith(suffix)):
+                full = Path(folder, name)
+                yield str(full.relative_to(path)), full.read_bytes
+    else:
+        try:
+            with tarfile.open(path, "r|*") as archive:
+                for member in archive:
+                    if member.isfile() and member.name.endswith(suffix):
+                        yield member.name.removeprefix("./"), archive.extractfile(member).read
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise BadInput(f"{path}: cannot be read as a tar archive ({error})") from None
+
+
+# -----------------------------------------------------------------------------------------------------
+# fMoW-RGB (supplement A)
+
+CONTEXT = ((0.5, 0.15), (0.4, 0.2), (0.3, 0.3), (0.2, 0.5), (0.1, 1.0), (-math.inf, 2.0))
+FMOW_KEYS = {  # as the JSON calls them; gsd, multispectral_gsd, pixel_size and location depend on the crop
+    "timestamp": "timestamp", "utm_zone": "utm", "country_code": "country_code", "cloud_cover": "cloud_cover",
+    "scan_direction": "scan_direction", "wavelengths": "approximate_wavelengths",
+    "target_azimuth_angle": "target_azimuth_dbl", "sun_azimuth_angle": "sun_azimuth_dbl",
+    "sun_elevation_angle": "sun_elevation_dbl", "off_nadir_angle": "off_nadir_angle_dbl",
+    "sensor_platform": "sensor_platform_name",
+}  # fmt: skip
+# NOTE[PAPER] two codes are no countries: Kosovo's gets the code in use, the Caspian Sea lies in none.
+COUNTRIES = {"KO-": "XKX", "CA-": None}
+STEM = re.compile(r"(?:.*/)?(train|val)(?:_gt)?/(.+_rgb)\.(?:json|jpg)")  # leaves _msrgb out
+Box = tuple[int, int, int, int]
+
+
+def context_crop(box: Box, columns: int, rows: int) -> Box:
+    """x, y, width, height of a box in an image -> left, top, right, bottom of its crop with context.
+
+    The rule of fMoW's own baseline, which the published crops follow, with its slip: the width is compared with the
+    image's number of rows and the height with its number of columns."""
+    x, y, w, h = box
+    more = lambda length, share: math.floor(length * next(m for r, m in CONTEXT if share >= r) / 2)  # noqa: E731
+    wide, high = more(w, w / rows), more(h, h / columns)
+    return max(0, x - wide), max(0, y - high), min(columns, x + w + wide), min(rows, y + h + high)
+
+
+def boxes(meta: dict) -> list[dict]:
+    """The bounding boxes of an image: some files hold a bare one instead of a list."""
+    found = meta.get("bounding_boxes", [])
+    return [found] if isinstance(found, dict) else found
+
+
+def bounds(polygon: str) -> list[float]:
+    """WKT polygon "POLYGON ((lon lat, ...))" -> west, south, east, north."""
+    points = np.array(re.findall(r"([-+.\deE]+) ([-+.\deE]+)", polygon), float)
+    return [*points.min(0), *points.max(0)]
+
+
+def place_of(meta: dict) -> np.ndarray | None:
+    """Ground-truth JSON -> [12]: the box of the area of interest (ID -1), its bounds, those of the image; NaN where
+    unknown. None when there is no location at all, as in the JSON beside the images."""
+    aoi = next((box for box in boxes(meta) if box.get("ID") == -1 and box.get("raw_location")), None)
+    if aoi is None and not meta.get("raw_location"):
+        return None
+    nothing = [math.nan] * 4
+    known = [*aoi["box"], *bounds(aoi["raw_location"])] if aoi else nothing * 2
+    return np.array(known + (bounds(meta["raw_location"]) if meta.get("raw_location") else nothing), np.float64)
+
+
+def centre_of(box: Box, columns: int, rows: int, place: np.ndarray | None) -> list[float] | None:
+    """Longitude and latitude of a box's centre: that of the area-of-interest polygon when the box is its box, else
+    from the bounds of the whole image."""
+    if place is None:
+        return None
+    if np.abs(place[:4] - box).max() <= 2:
+        west, south, east, north = place[4:8]
+        return [(west + east) / 2, (south + north) / 2]
+    west, south, east, north = place[8:]
+    x, y = (box[0] + box[2] / 2) / columns, (box[1] + box[3] / 2) / rows
+    return None if math.isnan(west) else [west + x * (east - west), north - y * (north - south)]
+
+
+def fmow_record(meta: dict, sx: float, sy: float, centre: list[float] | None, rescale: str) -> dict:
+    """Metadata of a crop that was made sx times smaller in x and sy times in y.
+
+    NOTE[PAPER] supplement A changes gsd and location alone; the poster's own numbers show multispectral_gsd and
+    pixel_size changed as well (41.1896 is 4.001 times the mean of its gsd): rescale "all", or "gsd" for the former."""
+    meta = {k: v for k, v in meta.items() if not (isinstance(v, float) and not math.isfinite(v))}
+    gsd, wide, width, height = (
+        meta.get(k) for k in ("gsd", "multi_resolution_dbl", "mean_pixel_width", "mean_pixel_height")
+    )
+    mx, my = (sx, sy) if rescale == "all" else (1, 1)
+    record = {
+        "gsd": [gsd * sx, gsd * sy] if gsd else None,
+        "multispectral_gsd": wide * (mx + my) / 2 if wide else None,
+        "pixel_size": [width * mx, height * my] if width and height else None,
+        "location": centre,
+        **{name: meta.get(key) for name, key in FMOW_KEYS.items()},
+    }
+    record["country_code"] = COUNTRIES.get(record["country_code"], record["country_code"])
+    return {name: record[name] for name in FIELDS if record[name] is not None}
+
+
+class Fmow:
+    """fMoW-RGB as people have it: the official release (train/ and val/, location in groundtruth.tar.bz2), the
+    ready-cropped copy of the paper's first author (folders or {train,val}-{images,metadata}.tar.gz), or WILDS-FMoW."""
+
+    def __init__(self, source: Path, groundtruth: Path | None, options: argparse.Namespace):
+        self.source, self.options, self.places, self.sidecars = source, options, {}, None
+        archives = [source / f"{split}-{what}.tar.gz" for what in ("metadata", "images") for split in ("train", "val")]
+        if (source / "rgb_metadata.csv").is_file():
+            self.items, self.total = self.wilds, sum(1 for _ in self.wilds())
+            print("WILDS-FMoW: it has no ground sample distance, and whole images in place of crops")
+            return
+        found = [source / n for n in ("groundtruth.tar.bz2", "groundtruth") if (source / n).exists()]
+        if archives[2].is_file():
+            missing = [str(archive) for archive in archives if not archive.is_file()]
+            if missing:
+                raise BadInput(f"{missing[0]}: no such file; an archive of images goes with one of metadata")
+            self.sidecars = {
+                s: m for a in archives[:2] for s, m in self.read(members(a, "_rgb.json"), str(a), self.slim)
+            }
+            self.items, self.total = lambda: self.archived(archives[2:]), len(self.sidecars)
+        else:
+            folders = [source / split for split in ("train", "val") if (source / split).is_dir()]
+            if len(folders) < 2:
+                raise BadInput(
+                    f"{source}: no train/ and val/, no train-images.tar.gz, no rgb_metadata.csv; see the README"
+                )
+            stems = (f"{f.name}/{n}" for f in folders for n, _ in members(f, "_rgb.json"))
+            self.stems = [stem.removesuffix(".json") for stem in progress(stems, f"listing {source}")]
+            self.items, self.total = (
+                lambda: (Item(s, functools.partial(self.image, s)) for s in self.stems),
+                len(self.stems),
+            )
+        if groundtruth or found:
+            path = groundtruth or found[0]
+            self.places = dict(self.read(members(path, "_rgb.json"), str(path), place_of))
+        elif not options.no_location and not self.located():
+            raise BadInput(
+                f"{source / 'groundtruth.tar.bz2'}: no such file; the JSON beside the images has no location. Give "
+                "--groundtruth FILE (an archive or a folder), or go without by --no-location"
+            )
+
+    def read(self, files: Iterable, name: str, keep: Callable[[dict], object]) -> Iterator[tuple[str, object]]:
+        """JSON files -> (stem such as train/zoo/zoo_1/zoo_1_0_rgb, what `keep` takes of each)."""
+        for path, content in progress(files, f"reading {name}"):
+            stem = STEM.fullmatch(path)
+            with contextlib.suppress(
+                ValueError, KeyError, TypeError, IndexError
+            ):  # its image is quarantined, or unplaced
+                kept = keep(json.loads(content()))
+                if stem and kept is not None:
+                    yield f"{stem[1]}/{stem[2]}", kept
+
+    def slim(self, meta: dict) -> dict:
+        """Of a sidecar only what is used, since all of them are held in memory."""
+        used = ("gsd", "multi_resolution_dbl", "mean_pixel_width", "mean_pixel_height", "img_width", "img_height",
+                "bounding_boxes", "raw_location", *FMOW_KEYS.values())  # fmt: skip
+        return {key: meta[key] for key in used if key in meta}
+
+    def located(self) -> bool:
+        """Whether the first sidecar has a location of its own."""
+        metas = iter(self.sidecars.values()) if self.sidecars else (self.sidecar(stem) for stem in self.stems)
+        return place_of(next(metas, {})) is not None
+
+    def sidecar(self, stem: str) -> dict:
+        return json.loads((self.source / f"{stem}.json").read_bytes())
+
+    def archived(self, archives: list[Path]) -> Iterator[Item]:
+        for archive in archives:
+            for name, read in members(archive, "_rgb.jpg"):
+                stem = STEM.fullmatch(name)
+                key = f"{stem[1]}/{stem[2]}" if stem else name
+                if key not in self.sidecars:
+                    yield Item(key, functools.partial(refuse, f"{name} in {archive}: no JSON of that name"))
+                    continue
+                yield Item(key, functools.partial(self.image, key, self.sidecars[key], read))
+
+    def image(
+        self, stem: str, meta: dict | None = None, read: Callable[[], bytes] | None = None
+    ) -> Iterator[Sample | str]:
+        """One image -> a sample for each of its boxes."""
+        split, *folders, name = stem.split("/")
+        meta = self.sidecar(stem) if meta is None else meta
+        content = read() if read else (self.source / f"{stem}.jpg").read_bytes()
+        ready = len(folders) == 3  # class/class_area/class_box: already cropped, one box
+        image = Image.open(io.BytesIO(content))
+        columns, rows = (meta["img_width"], meta["img_height"]) if ready else image.size
+        place = self.places.get("/".join([split, *folders[:2], name]))
+        place = place_of(meta) if place is None else place
+        for entry in boxes(meta):
+            x, y, w, h = box = tuple(int(v) for v in entry["box"])
+            if entry["ID"] == -1 or (ready and folders[2].rpartition("_")[2] != str(entry["ID"])):
+                continue  # -1 is the area of interest once more, in ground-truth files
+            if entry["category"] == "false_detection" or w <= 2 or h <= 2:
+                yield "false detections" if entry["category"] == "false_detection" else "boxes of 2 px or less"
+                continue
+            left, top, right, bottom = context_crop(box, columns, rows)
+            if self.options.crop == "box":
+                left, top, right, bottom = max(0, x), max(0, y), min(columns, x + w), min(rows, y + h)
+            if right <= left or bottom <= top:
+                yield "boxes outside the image"
+                continue
+            size = self.options.size
+            centre = None if self.options.no_location else centre_of(box, columns, rows, place)
+            record = fmow_record(meta, (right - left) / size, (bottom - top) / size, centre, self.options.rescale)
+            file_name = "/".join([*folders[:2], f"{entry['category']}_{entry['ID']}", f"{name}.jpg"])
+            record = {"file_name": file_name, **record, "label": entry["category"], "area": folders[1]}
+            crop = image.convert("RGB") if ready else image.crop((left, top, right, bottom)).convert("RGB")
+            # The bilinear resize of the baseline's OpenCV: four neighbours, no smoothing before. Pillow cuts off where
+            # OpenCV rounds: half a gray level of 255, which the standardisation takes away.
+            if ready and crop.size == (size, size):
+                crop.load()
+                data = content
+            else:
+                extent = (0, 0, *crop.size)
+                data = encode(
+                    crop.transform((size, size), Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR), "JPEG"
+                )
+            yield Sample("train" if split == "train" else "test", record, data)
+
+    def wilds(self) -> Iterator[Item]:
+        for i, (_, _, row) in enumerate(read_rows(self.source / "rgb_metadata.csv")):
+            if isinstance(row, BadInput) or row.get("split") in ("train", "val"):
+                yield Item(f"{i:07d}", functools.partial(self.wilds_image, i, row))
+
+    def wilds_image(self, i: int, row: dict | BadInput) -> Iterator[Sample | str]:
+        if isinstance(row, BadInput):
+            raise row
+        if row["category"] == "false_detection":
+            yield "false detections"
+            return
+        path = self.source / "images" / f"rgb_img_{i}.png"
+        image, content = checked_image(path)
+        area = row["img_filename"].removesuffix(".jpg").removesuffix("_rgb").rpartition("_")[0]
+        country = COUNTRIES.get(row.get("country_code"), row.get("country_code"))
+        record = {
+            "file_name": path.name,
+            "timestamp": row["timestamp"],
+            "location": [float(row["lon"]), float(row["lat"])],
+        }
+        record |= {
+            "country_code": country,
+            "cloud_cover": row.get("cloud_cover"),
+            "label": row["category"],
+            "area": area,
+        }
+        yield Sample("train" if row["split"] == "train" else "test", record, content)
+
+
+def refuse(problem: str) -> list[Sample]:
+    raise BadInput(problem)
+
+
+def progress(things: Iterable, text: str) -> Iterable:
+    """The same things, counted on screen once it takes long."""
+    from tqdm import tqdm
+
+    return tqdm(things, text, delay=3, mininterval=1)
+
+
+def checked_image(path: Path) -> tuple[Image.Image, bytes]:
+    """-> an image, decoded, and its file as it is; BadInput else."""
+    content = path.read_bytes()
+    return open_image(io.BytesIO(content), path), content
+
+
+# -----------------------------------------------------------------------------------------------------
+# The datasets of the downstream tasks (supplement A, Table S1)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a dataset: numbers of images and classes (Table S1), its files, its split lists."""
+
+    train: int
+    test: int
+    classes: int
+    suffixes: tuple[str, ...] = ()  # of its images, the preferred one first; their folders are the classes
+    test_lists: tuple[str, ...] = ("test",)  # NAME-PART.txt that make up the test split
+
+
+KNOWN = {
+    "fmow": Known(363_572, 53_043, 62),
+    "resisc45": Known(18_900, 6_300, 45, (".jpg",)),
+    "optimal31": Known(930, 930, 31, (".jpg",)),
+    "ucmerced": Known(1_260, 840, 21, (".tif",), ("val", "test")),  # supplement A joins them
+    "fgsc23": Known(3_256, 824, 23, (".jpg",)),
+    "eurosat": Known(16_200, 5_400, 10, (".tif", ".jpg")),
+    "so2sat": Known(352_366, 48_307, 17),
+}
+# NOTE[PAPER] range of Sentinel-2's 16 bits: reflectance 0 to 0.275, which EuroSAT's own JPEGs map to 0 to 255.
+REFLECTANCE = 0.275
+LOCAL_CLIMATE_ZONES = (
+    "compact high-rise;compact mid-rise;compact low-rise;open high-rise;open mid-rise;open low-rise;"
+    "lightweight low-rise;large low-rise;sparsely built;heavy industry;dense trees;scattered trees;bush, scrub;"
+    "low plants;bare rock or paved;bare soil or sand;water"
+).split(";")
+
+
+def split_lists(source: Path, name: str) -> dict[str, str] | None:
+    """NAME-train.txt, NAME-test.txt, ... anywhere in the source -> {stem of an image: split}; None without them."""
+    name = {"ucmerced": "uc_merced"}.get(name, name)
+    files = {part: sorted(source.rglob(f"{name}-{part}.txt")) for part in ("train", "val", "test")}
+    known = KNOWN[{"uc_merced": "ucmerced"}.get(name, name)]
+    if not files["train"] or not all(files[part] for part in known.test_lists):
+        return None
+    read = lambda part: (
+        PurePosixPath(line.strip()).stem for line in files[part][0].read_text().splitlines() if line.strip()
+    )  # noqa: E731
+    return {stem: "train" for stem in read("train")} | {s: "test" for part in known.test_lists for s in read(part)}
+
+
+def class_folders(source: Path, name: str, seed: int) -> tuple[Callable[[], Iterable[Item]], int]:
+    """A dataset whose images lie in a folder for each class (FGSC-23: under train/ and test/)."""
+    for suffix in KNOWN[name].suffixes:
+        paths = sorted(path for path in progress(source.rglob(f"*{suffix}"), f"listing {source}"))
+        if paths:
+            break
+    else:
+        raise BadInput(
+            f"{source}: no {' or '.join(KNOWN[name].suffixes)} in it; see the README for the layout of {name}"
+        )
+    if name == "eurosat" and suffix == ".jpg":
+        print("EuroSAT from JPEGs: without GSD and location; the 13-band GeoTIFFs (EuroSATallBands) have them")
+    if name == "eurosat" and suffix == ".tif":
+        need("tifffile", "EuroSAT's GeoTIFFs")
+    if name == "fgsc23":
+        split_of = {path: path.parent.parent.name for path in paths}
+    else:
+        lists = split_lists(source, name)
+        if lists is None and name != "optimal31":
+            wanted = ", ".join(
+                f"{name}-{part}.txt".replace("ucm", "uc_m") for part in ("train", *KNOWN[name].test_lists)
+            )
+            raise BadInput(f"{source}: no split lists ({wanted}); torchgeo's documentation says where they are")
+        if lists is None:
+            print("Optimal-31 without its lists: a random half of each class is the training split")
+            lists = {}
+            for _, group in itertools.groupby(paths, lambda path: path.parent.name):
+                stems = sorted((p.stem for p in group), key=lambda s: hashlib.sha256(f"{seed} {s}".encode()).digest())
+                lists |= {stem: "train" if i < len(stems) // 2 else "test" for i, stem in enumerate(stems)}
+        split_of = {path: lists.get(path.stem) for path in paths}
+    chosen = [path for path in paths if split_of[path] in ("train", "test")]
+
+    def make(path: Path) -> Iterator[Sample]:
+        record = {"file_name": f"{path.parent.name}/{path.name}", "label": path.parent.name}
+        if name == "eurosat" and suffix == ".tif":
+            image, geography = read_geotiff(path)
+            record, content = record | geography, encode(image, "PNG")
+        else:
+            image, content = checked_image(path)
+            content = content if suffix == ".jpg" else encode(image.convert("RGB"), "PNG")
+        if suffix == ".tif":
+            record["file_name"] = record["file_name"].removesuffix(suffix) + ".png"
+        yield Sample(split_of[path], record, content)
+
+    key = lambda path: str(path.relative_to(source))  # noqa: E731
+    return lambda: (Item(key(path), functools.partial(make, path)) for path in chosen), len(chosen)
+
+
+def need(package: str, what: str):
+    """An optional package. BadInput says how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise BadInput(f"{what} need the package {package}: pip install {package}") from None
+
+
+def read_geotiff(path: Path) -> tuple[Image.Image, dict]:
+    """A 13-band Sentinel-2 GeoTIFF in UTM -> RGB (bands 4, 3, 2), and the gsd and location of its centre."""
+    with need("tifffile", "EuroSAT's GeoTIFFs").TiffFile(path) as file:
+        pixels, tags = file.asarray(), file.pages[0].geotiff_tags
+    if pixels.ndim != 3 or pixels.shape[2] != 13:
+        raise BadInput(f"{path}: shape {pixels.shape}, not 13 bands")
+    rgb = np.rint(pixels[..., [3, 2, 1]] * (255 / (1e4 * REFLECTANCE))).clip(0, 255).astype(np.uint8)
+    scale, tie, code = (tags.get(k) for k in ("ModelPixelScale", "ModelTiepoint", "ProjectedCSTypeGeoKey"))
+    if not scale or not tie or not 32601 <= int(code or 0) <= 32760:
+        raise BadInput(f"{path}: no UTM georeference (EPSG {code})")
+    height, width = pixels.shape[:2]
+    x, y = tie[3] + (width / 2 - tie[0]) * scale[0], tie[4] - (height / 2 - tie[1]) * scale[1]
+    place = utm_to_degrees(x, y, int(code) % 100, north=int(code) < 32700)
+    return Image.fromarray(rgb), {"gsd": [float(scale[0]), float(scale[1])], "location": place}
+
+
+def utm_to_degrees(x: float, y: float, zone: int, north: bool) -> list[float]:
+    """UTM metres on WGS 84 -> [longitude, latitude], by Krueger's series to third order (below a millimetre)."""
+    n = 1 / (2 * 298.257223563 - 1)  # third flattening
+    radius = 6378137 / (1 + n) * (1 + n**2 / 4 + n**4 / 64)
+    xi, eta = (y - (0 if north else 1e7)) / (0.9996 * radius), (x - 5e5) / (0.9996 * radius)
+    beta = (n / 2 - 2 * n**2 / 3 + 37 * n**3 / 96, n**2 / 48 + n**3 / 15, 17 * n**3 / 480)
+    z = complex(xi, eta)
+    z -= sum(b * cmath.sin(2 * (j + 1) * z) for j, b in enumerate(beta))
+    chi = math.asin(math.sin(z.real) / math.cosh(z.imag))
+    delta = (2 * n - 2 * n**2 / 3 - 2 * n**3, 7 * n**2 / 3 - 8 * n**3 / 5, 56 * n**3 / 15)
+    latitude = chi + sum(d * math.sin(2 * (j + 1) * chi) for j, d in enumerate(delta))
+    longitude = math.radians(6 * zone - 183) + math.atan2(math.sinh(z.imag), math.cos(z.real))
+    return [math.degrees(longitude), math.degrees(latitude)]
+
+
+def so2sat(source: Path) -> tuple[Callable[[], Iterable[Item]], int]:
+    """So2Sat LCZ42: training.h5 and testing.h5; of its Sentinel-2 bands (B2, B3, B4, ...) the RGB."""
+    h5py = need("h5py", "So2Sat's files")
+    paths = {"train": sorted(source.rglob("training.h5")), "test": sorted(source.rglob("testing.h5"))}
+    for split, found in paths.items():
+        if not found:
+            raise BadInput(
+                f"{source}: no {split}ing.h5 in it; So2Sat's culture_10 folder has training.h5 and testing.h5"
+            )
+    files = {split: h5py.File(found[0]) for split, found in paths.items()}  # opened again by each worker, see below
+    sizes = {split: len(file["label"]) for split, file in files.items()}
+    for file in files.values():
+        file.close()
+
+    def items() -> Iterator[Item]:
+        for split, found in paths.items():
+            file = h5py.File(found[0])
+            for i in range(sizes[split]):
+                yield Item(f"{split}/{i:06d}", functools.partial(make, file, split, i))
+
+    def make(file, split: str, i: int) -> Iterator[Sample]:
+        rgb = np.rint(file["sen2"][i][..., [2, 1, 0]] * (255 / REFLECTANCE)).clip(0, 255).astype(np.uint8)
+        label = LOCAL_CLIMATE_ZONES[int(file["label"][i].argmax())]
+        yield Sample(
+            split, {"file_name": f"{i // 1000:03d}/{i:06d}.png", "label": label}, encode(Image.fromarray(rgb), "PNG")
+        )
+
+    return items, sum(sizes.values())
+
+
+# -----------------------------------------------------------------------------------------------------
+# One's own images and table
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif")
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+VALIDATION = ("val", "validation", "dev")
+
+
+def stac_rows(folder: Path) -> Iterator[tuple[str, int, dict | BadInput]]:
+    """STAC items (one JSON each) in a folder -> rows as read_rows gives them: properties, place, and the image, which
+    is the file of the same name beside the item, else its first asset that is there."""
+    for name, read in members(folder, ".json"):
+        try:
+            item = json.loads(read())
+            if item.get("type") != "Feature":
+                continue
+            row = dict(item["properties"])
+            if item.get("bbox"):
+                west, south, east, north = (
+                    item["bbox"][i] for i in ((0, 1, 2, 3) if len(item["bbox"]) == 4 else (0, 1, 3, 4))
+                )
+                row["location"] = [(west + east) / 2, (south + north) / 2]
+            assets = [str(PurePosixPath(name).parent / a["href"]) for a in item.get("assets", {}).values()]
+            beside = [name.removesuffix(".json") + suffix for suffix in IMAGE_SUFFIXES]
+            images = [p for p in beside + assets if p.lower().endswith(IMAGE_SUFFIXES) and (folder / p).is_file()]
+            row = (
+                {"file_name": os.path.normpath(images[0]), **row}
+                if images
+                else BadInput(f"{folder / name}: no image beside it")
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            row = BadInput(f"{folder / name}: not a STAC item ({type(error).__name__}: {error})")
+        yield str(folder / name), -1, row
+
+
+def column_of_paths(rows: list[dict], images: Path, asked: str | None) -> str:
+    """The column that names the images: the one asked for, else the first whose values are files under `images`."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    good = [asked] if asked in columns else [] if asked else [
+        name for name in columns
+        if any(isinstance(row.get(name), str) and row[name] and (images / row[name]).is_file() for row in rows)
+    ]  # fmt: skip
+    if not good:
+        what = f"no column {asked!r}" if asked else f"no column holds names of files under {images}"
+        raise BadInput(f"{what}; the columns are {', '.join(columns)}; --path-column says which")
+    return good[0]
+
+
+def as_eight_bits(path: Path, limits: list[float] | None, size: int | None) -> tuple[bytes, str]:
+    """An image file -> (a file that load_image reads right, its suffix): the same bytes when it can be. limits: the
+    values that become 0 and 255. size: a longer side is reduced to it."""
+    if limits is None:
+        image, content = checked_image(path)
+        if image.format in ("JPEG", "PNG") and (size is None or max(image.size) <= size):
+            return content, path.suffix
+        image = image.convert("RGB")
+    else:
+        image = Image.fromarray(
+            np.rint((read_array(path) - limits[0]) * (255 / (limits[1] - limits[0]))).clip(0, 255).astype(np.uint8)
+        )
+    if size and max(image.size) > size:
+        scale = size / max(image.size)
+        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BOX)
+    return encode(image, "PNG"), ".png"
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Pixels of any depth as float64 [h, w, 3]; gray becomes three equal bands, of four the first three are taken."""
+    if path.suffix.lower() in (".tif", ".tiff"):
+        pixels = need("tifffile", "TIFFs with --range").imread(path)
+    elif path.suffix.lower() == ".png":
+        from torchvision.io import ImageReadMode, decode_png, read_file
+
+        pixels = decode_png(read_file(str(path)), ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+    else:
+        pixels = np.asarray(Image.open(path))
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.ndim != 3 or pixels.shape[2] > 4:
+        raise BadInput(
+            f"{path}: shape {pixels.shape}; with --range an image has 1 to 4 bands, the first three being RGB"
+        )
+    return (pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1].repeat(3, 2)).astype(np.float64)
+
+
+def own(args: argparse.Namespace) -> tuple[Callable[[], Iterable[Item]], int, dict[str, Field]]:
+    """A table and its images -> items, their number, the fields that its columns became (printed)."""
+    if not args.images.is_dir():
+        raise BadInput(f"{args.images}: no such folder")
+    rows = functools.partial(stac_rows if args.table.is_dir() else read_rows, args.table)
+
+    def clean(row: dict) -> dict:
+        """Names and blanks in order, dates as the user said they are meant."""
+        if args.dates:
+            iso = lambda v: iso_timestamp(v, args.dates == "day-first") or v if isinstance(v, str) else v  # noqa: E731
+            row = {name: iso(value) for name, value in row.items()}
+        return canonical(row)
+
+    sample = [row for row in itertools.islice((r for _, _, r in rows() if isinstance(r, dict)), 100_000)]
+    path_column = column_of_paths(sample[:20], args.images, args.path_column)
+    sample = [clean(row) for row in sample]
+    present = dict.fromkeys(name for row in sample for name in row)
+    labels = [name for name in args.label.split(",") if name]
+    for name in (*labels, args.area, args.split_column):
+        if name and name not in present:
+            raise BadInput(f"no column {name!r} in {args.table}; there are {', '.join(present)}")
+    labels = {name: "label" if len(labels) == 1 else f"label_{name}" for name in labels}
+    labels = labels or {name: name for name in present if name == "label" or name.startswith("label_")}
+    area, told = args.area or "area", args.split_column or "split"
+    kinds = dict(part.partition("=")[::2] for part in args.types.split(",") if part)
+    for name, kind in kinds.items():
+        if kind not in KINDS:
+            raise BadInput(f"--types {name}={kind}: a kind is one of {', '.join(KINDS)}")
+    kinds |= {name: "skip" for name in (*labels, path_column, area, told)}
+    fields, table = infer_fields(sample, kinds)
+    print(f"columns of {args.table}, by their values (--types COLUMN=KIND,... says otherwise):\n{table}")
+    sides = {str(row.get(told)).lower() for row in sample}
+    sides = SPLITS if sides & {"test", "testing"} else SPLITS | {name: "test" for name in VALIDATION}
+    root = Path(os.path.normpath(args.images))
+
+    def make(where: str, row: dict | BadInput) -> Iterator[Sample | str]:
+        if isinstance(row, BadInput):
+            raise row
+        name = row.get(path_column)
+        if not isinstance(name, str) or not name:
+            raise BadInput(f"{where}: no {path_column}")
+        path = Path(os.path.normpath(root / name))
+        if not path.is_relative_to(root):
+            raise BadInput(f"{where}: {path_column} {name!r} leaves {root}")
+        if not path.is_file():
+            raise BadInput(f"{where}: {path}: no such image")
+        record = clean(row)
+        if told in record and str(record[told]).lower() not in sides:
+            yield f"rows of split {record[told]!r}"
+            return
+        place = str(record.get(area, ""))
+        chance = hashlib.sha256(f"{args.seed} {place or name}".encode()).digest()  # an area is never divided
+        split = "test" if int.from_bytes(chance[:4]) < args.test_share * 2**32 else "train"
+        split = sides[str(record[told]).lower()] if told in record else split
+        content, suffix = as_eight_bits(path, args.range, args.size)
+        kept = {name: record[name] for name in fields if name in record} | ({"area": place} if place else {})
+        kept |= {new: str(record[old]) for old, new in labels.items() if old in record}
+        file_name = f"{path.relative_to(root).as_posix()}{'' if suffix == path.suffix else suffix}"
+        yield Sample(split, {"file_name": file_name, **kept}, content)
+
+    def items() -> Iterator[Item]:
+        for number, (where, _, row) in enumerate(rows()):
+            yield Item(f"{number:09d}", functools.partial(make, where, row))
+
+    return items, sum(1 for _ in rows()), fields
+
+
+# -----------------------------------------------------------------------------------------------------
+# What a dataset holds: a report after preparing it, faults, pictures
+
+PAPER_RANGES = {  # Table 1 and S1: lowest, median, highest of fMoW's training split; of categories, how many
+    "gsd x": ("0.08", "0.76", "23.13"), "gsd y": ("0.06", "0.60", "22.35"),
+    "timestamp": ("2002-01-28 07:04:18", "2015-08-06 10:08:02", "2017-07-12 08:25:25"),
+    "location longitude": ("-179.8810", "7.0395", "179.0439"), "location latitude": ("-54.9320", "37.9951", "71.6118"),
+    "country_code": ("207 different",), "utm_zone": ("400 different",),
+}  # fmt: skip
+
+
+def describe(name: str, folder: Path, workers: int) -> str:
+    """Counts, ranges and channel statistics of a prepared dataset, beside the paper's where it gives them."""
+    fields = tuple((read_fields(folder) or FIELDS).values())
+    filled = [f for f in (folder / "train", folder / "test") if metadata_file(f).stat().st_size]
+    splits, known, lines = [read_split(f, fields) for f in filled], KNOWN.get(name), []
+    for split, expected in zip(splits, (known.train, known.test) if known else (None, None)):
+        classes = (
+            ", ".join(f"{len(c.values)} {n.removeprefix('label_')}s" for n, c in split.labels.items()) or "no label"
+        )
+        beside = f" (paper: {expected:,}; {known.classes} classes)" if known else ""
+        lines.append(f"{split.folder.name}: {len(split):,} images, {classes}{beside}")
+    rows = [("train" + " (and the paper's)" * (name == "fmow"), "lowest", "median", "highest")]
+    numbers, categories = iter(splits[0].table.numbers.T), iter(splits[0].table.categories)
+    for field in fields:
+        columns = [next(numbers) for _ in number_columns((field,))] if field.kind != "category" else []
+        found = {}
+        if field.kind == "number":
+            for part, column in zip(field.parts or ("",), columns):
+                column = np.sort(column[~np.isnan(column)])
+                if len(column):
+                    found[f"{field.name} {part}".strip()] = [field.style % column[i] for i in (0, len(column) // 2, -1)]
+        elif field.kind == "timestamp" and not np.isnan(columns[0]).all():
+            dates = (splits[0].record(i).get(field.name) for i in range(len(splits[0])))
+            dates = sorted(d for d in dates if parse_timestamp(d))
+            found[field.name] = [dates[i] for i in (0, len(dates) // 2, -1)]
+        elif field.kind == "category":
+            different = len(next(categories).values)
+            found = {field.name: [f"{different} different"]} if different else {}
+        for key, values in found.items():
+            paper = PAPER_RANGES.get(key, ()) if name == "fmow" else ()
+            cells = itertools.zip_longest(values, paper, fillvalue="")
+            rows.append((key, *[f"{a} ({b})" if b else a for a, b in cells], *[""] * (3 - len(values))))
+    lines += [columns_of_text(rows)] if len(rows) > 1 else []
+    mean, std = channel_statistics(splits[0], 224, workers)
+    return "\n".join([*lines, f"channels: mean {mean[0]:.4f} {mean[1]:.4f} {mean[2]:.4f}, deviation "
+                      f"{std[0]:.4f} {std[1]:.4f} {std[2]:.4f} (0 to 1)"])  # fmt: skip
+
+
+class Decoded(torch.utils.data.Dataset):
+    """Each file decoded, to see whether it can be: -> (fingerprint of its bytes, what is wrong or "")."""
+
+    def __init__(self, folder: Path, names: list[str]):
+        self.folder, self.names = folder, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> tuple[bytes, str]:
+        try:
+            return hashlib.sha256(checked_image(self.folder / self.names[i])[1]).digest(), ""
+        except BadInput as error:
+            return b"", str(error)
+
+
+class Findings:
+    """Faults by (split, kind): how often, the first of them, and whether training can start in spite of them."""
+
+    def __init__(self):
+        self.found = {}
+
+    def add(self, split: str, what: str, example: str, stops: bool = False) -> None:
+        entry = self.found.setdefault((split, what), {"count": 0, "first": example, "stops": stops})
+        entry["count"] += 1
+
+    def rows(self) -> list[dict]:
+        return [{"split": split, "problem": what, **entry} for (split, what), entry in self.found.items()]
+
+
+def fault_of(value: object, field: Field) -> str:
+    """Why a value that is there counts as missing."""
+    if field.kind == "timestamp":
+        return "no date"
+    values = value if isinstance(value, list) else [value]
+    numbers = [parse_number(v, Field("", "number")) for v in values]
+    if field.kind == "category" or None in numbers or len(numbers) not in (1, len(field.parts)):
+        return "malformed"
+    if field.parts == ("longitude", "latitude") and abs(numbers[0]) <= 90 < abs(numbers[1]) <= 180:
+        return "latitude and longitude swapped"
+    return "out of range"
+
+
+def check_split(folder: Path, fields: dict[str, Field], workers: int, findings: Findings) -> dict:
+    """Add the faults of one split -> {"images": n, "fields": ..., "labels": ..., "areas": ..., "prints": ...}."""
+    add = functools.partial(findings.add, folder.name)
+    seen, areas, labels, lengths, prints = {}, set(), {}, Counter(), {}
+    missing, values = Counter(), {name: set() for name in fields}
+    try:
+        source = metadata_file(folder)
+    except BadInput as error:
+        add("no metadata", str(error), stops=True)
+        return {"images": 0, "fields": {}, "labels": {}, "areas": areas, "prints": prints, "tokens": {}}
+    for where, _, row in progress(read_rows(source), f"reading {source}"):
+        try:
+            if isinstance(row, BadInput):
+                raise row
+            record = checked(row, where)
+        except BadInput as error:
+            add("unreadable line", str(error), stops=True)
+            continue
+        name = record["file_name"]
+        if name in seen:
+            add("file_name twice", f"{where}: {name}, as in {seen[name]}")
+        seen.setdefault(name, where)
+        for field in fields.values():
+            value = record.get(field.name)
+            text = None if value is None else format_value(value, field)
+            if text is None:
+                missing[field.name] += 1
+            elif len(values[field.name]) < 2:
+                values[field.name].add(text)
+            if value is not None and text is None:
+                add(f"{field.name}: {fault_of(value, field)}", f"{where}: {value!r}")
+        place, zone = (
+            parse_numbers(record.get("location"), FIELDS["location"]),
+            re.match(r"(\d\d?)[A-Z]$", str(record.get("utm_zone"))),
+        )
+        if place and zone and (int(zone[1]) - 1 - (place[0] + 180) // 6) % 60 not in (0, 1, 59):
+            add("location outside its utm_zone", f"{where}: {place} is not in {zone[0]}")
+        for key in record:
+            if (key == "label" or key.startswith("label_")) and record[key] is not None:
+                labels.setdefault(key, Counter())[str(record[key])] += 1
+        if "area" in record:
+            areas.add(record["area"])
+        lengths[len(tokenizer()(caption(record, tuple(fields.values()))))] += 1
+    images = [
+        name
+        for suffix in (s for one in IMAGE_SUFFIXES for s in (one, one.upper()))
+        for name, _ in members(folder, suffix)
+    ]
+    for name in sorted(set(images) - seen.keys()):
+        add("image without a row", name)
+    present = [name for name in seen if (folder / name).is_file()]
+    for name in seen.keys() - set(present):
+        add("row without its image", f"{seen[name]}: {name}", stops=True)
+    loader = torch.utils.data.DataLoader(Decoded(folder, present), batch_size=None, num_workers=workers)
+    for name, (fingerprint, problem) in zip(present, progress(loader, f"decoding {folder}")):
+        if problem:
+            add("unreadable image", problem, stops=True)
+        elif fingerprint in prints:
+            add("image twice", f"{name} is {prints[fingerprint]}")
+        else:
+            prints[fingerprint] = name
+    count = sum(lengths.values())
+    for name, different in values.items():
+        if len(different) == 1 and count - missing[name] > 1:
+            add(f"{name}: constant", f"always {next(iter(different))}")
+    tokens = list(lengths.elements())
+    return {
+        "images": count, "fields": {name: missing[name] / max(1, count) for name in fields}, "labels": labels,
+        "areas": areas, "prints": prints, "tokens": {"shortest": min(tokens), "longest": max(tokens)} if tokens else {},
+    }  # fmt: skip
+
+
+def check(folder: Path, workers: int, as_json: bool) -> bool:
+    """Look at every line and every image, print what is wrong -> whether training can start."""
+    findings, folders = Findings(), (folder / "train", test_folder(folder))
+    try:
+        rows = (row for _, _, row in read_rows(metadata_file(folders[0])) if isinstance(row, dict))
+        fields = read_fields(folder) or infer_fields(map(canonical, rows), {})[0]
+    except BadInput as error:
+        fields = {}
+        findings.add("train", "no fields", str(error), stops=True)
+    train, test = (check_split(f, fields, workers, findings) for f in folders)
+    for area in sorted(map(str, train["areas"] & test["areas"])):
+        findings.add("both", "area in train and test", area)
+    for fingerprint in train["prints"].keys() & test["prints"].keys():
+        findings.add(
+            "both", "image in train and test", f"{train['prints'][fingerprint]}, {test['prints'][fingerprint]}"
+        )
+    problems = findings.rows()
+    fine = not any(problem["stops"] for problem in problems)
+    if as_json:
+        summary = {
+            split: {k: v for k, v in s.items() if k not in ("areas", "prints")}
+            for split, s in (("train", train), ("test", test))
+        }
+        print(json.dumps({"can_train": fine, "problems": problems, **summary}))
+        return fine
+    for split, summary in (("train", train), ("test", test)):
+        missing = ", ".join(f"{name} {rate:.0%}" for name, rate in summary["fields"].items()) or "there are no fields"
+        tokens = " to ".join(map(str, summary["tokens"].values()))
+        print(f"{split}: {summary['images']:,} images; missing: {missing}; caption: {tokens} tokens")
+        for label, classes in summary["labels"].items():
+            least, most = min(classes, key=classes.get), max(classes, key=classes.get)
+            print(
+                f"  {label}: {len(classes)} classes, {classes[least]:,} ({least}) to {classes[most]:,} ({most}) images"
+            )
+    lines = [("split", "problem", "count", "training", "the first")]
+    lines += [
+        (p["split"], p["problem"], f"{p['count']:,}", "stops" if p["stops"] else "runs", p["first"][:150])
+        for p in problems
+    ]
+    print(columns_of_text(lines) if problems else "no problem found")
+    return fine
+
+
+def canvas(rows: int, columns: int, width: float, height: float, **keywords):
+    """-> a figure and its [rows, columns] axes, without ticks; drawn to a file, never to a screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **keywords)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    return figure, axes
+
+
+def show(folder: Path, names: str, output: Path) -> list[Path]:
+    """Draw some training images with their captions and token counts (Table S3), and how GSD, time and place are
+    distributed (Figures S1 to S3) -> the two pictures."""
+    from matplotlib.ticker import MaxNLocator
+
+    fields = choose_fields(folder, names)
+    split = read_split(folder / "train", fields)
+    figure, axes = canvas(3, 4, 14, 11)
+    for axis, i in zip(axes.flat, range(0, len(split), max(1, len(split) // 12))):
+        text = caption(split.record(i), fields)
+        axis.imshow(load_image(split.folder / split.names[i], 224))
+        axis.set_title(textwrap.fill(f"{text} [{len(tokenizer()(text))} tokens]", 52), fontsize=7, loc="left")
+    figure.suptitle(f"{folder}: training images, their captions, tokens with start and end", fontsize=11)
+    output.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output / "samples.png", dpi=110)
+    figure, axes = canvas(2, 2, 14, 9)
+    gsd, when, place = (
+        read_split(folder / "train", (FIELDS[n],)).table.numbers for n in ("gsd", "timestamp", "location")
+    )
+    gsd = gsd[~np.isnan(gsd[:, 0])]
+    if len(gsd):
+        edges = np.geomspace(gsd.min(), gsd.max() * 1.001, 60)
+        axes[0, 0].hist([gsd[:, 0], gsd[:, 1]], edges, histtype="step", label=["x", "y"])
+        axes[0, 0].legend()
+        axes[0, 0].set_xscale("log")
+    axes[0, 0].set_title("GSD (m per pixel)")
+    for axis, column, title in ((axes[0, 1], 1, "month"), (axes[1, 0], 0, "year")):
+        known, counts = np.unique(when[~np.isnan(when[:, column]), column], return_counts=True)
+        axis.bar(known, counts)
+        axis.set_title(title)
+    for axis in axes.flat[:3]:
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_ylabel("images")
+    for axis in (axes[0, 1], axes[1, 0]):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    earth = Image.open(MAPS / "bluemarble-2004-07.jpg").resize((1080, 540))
+    axes[1, 1].imshow(earth, extent=(-180, 180, -90, 90), alpha=0.5)
+    axes[1, 1].scatter(place[:, 0], place[:, 1], s=2, color="tab:red", alpha=0.4)
+    axes[1, 1].set(xlim=(-180, 180), ylim=(-90, 90), title="location")
+    figure.savefig(output / "distributions.png", dpi=110)
+    return [output / "samples.png", output / "distributions.png"]
+
+
+# -----------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(description="Prepare datasets, look for their faults, show what they hold.")
+    commands = main.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="cut the embedded data out of the maps in demo/ (about a minute)")
     demo.add_argument("folder", type=Path, help="where to write it; must not exist")
     demo.add_argument("--train", type=int, default=20_000, help="training images")
     demo.add_argument("--test", type=int, default=4_000, help="test images")
     demo.add_argument("--seed", type=int, default=0, help="of places, scales, months and held-out blocks")
-    args = parser.parse_args(argv)
-    try:
+    preparing = {name: commands.add_parser(name, help=f"prepare {name}") for name in KNOWN}
+    for command in preparing.values():
+        command.add_argument("source", type=Path, help="the dataset as it was distributed, unpacked")
+    preparing["own"] = commands.add_parser("own", help="prepare one's own images and a table about them")
+    preparing["own"].add_argument("table", type=Path, help="CSV, TSV, JSON lines, or a folder of STAC items")
+    preparing["own"].add_argument("images", type=Path, help="the folder that the table's paths start from")
+    for command in preparing.values():
+        command.add_argument("folder", type=Path, help="where to write the prepared dataset; must not exist")
+        command.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+        command.add_argument("--seed", type=int, default=0, help="of a random split, where one is needed")
+    fmow = preparing["fmow"]
+    fmow.add_argument("--groundtruth", type=Path, help="groundtruth.tar.bz2 or its folder; default: in SOURCE")
+    fmow.add_argument("--no-location", action="store_true", help="go without the ground truth, hence without location")
+    fmow.add_argument("--crop", choices=("baseline", "box"), default="baseline", help="with context, or the box alone")
+    fmow.add_argument("--size", type=int, default=224, help="side of a crop in px")
+    fmow.add_argument("--rescale", choices=("all", "gsd"), default="all", help="what changes with the crop's size")
+    mine = preparing["own"]
+    mine.add_argument("--path-column", help="column that names the image; default: found")
+    mine.add_argument("--label", default="", help="column of classes, or several separated by commas; default: label")
+    mine.add_argument("--area", default="", help="column that names a place seen more than once; default: area")
+    mine.add_argument(
+        "--split-column", default="", help="column that says train or test; default: split, else at random"
+    )
+    mine.add_argument("--test-share", type=float, default=0.2, help="of a random split, whole areas")
+    mine.add_argument("--types", default="", help=f"COLUMN=KIND,... with KIND one of {', '.join(KINDS)}")
+    mine.add_argument("--dates", choices=("day-first", "month-first"), help="how to read 03/04/2015")
+    mine.add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="pixel values to become 0 and 255")
+    mine.add_argument("--size", type=int, help="reduce larger images to this longer side in px")
+    checking = commands.add_parser("check", help="look for everything that can be wrong with a dataset")
+    checking.add_argument("--json", action="store_true", help="print one JSON object in place of a table")
+    showing = commands.add_parser("show", help="draw samples with captions, and distributions")
+    showing.add_argument("--fields", default="", help="metadata fields, comma-separated, or 'all'")
+    showing.add_argument("--output", type=Path, default=Path("."), help="folder of the pictures")
+    for command in (checking, showing):
+        command.add_argument("folder", type=Path, help="a prepared dataset, or a Hugging Face ImageFolder")
+    checking.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    return main
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.command == "demo":
         prepare_demo(args.folder, args.train, args.test, args.seed)
+    elif args.command == "check":
+        sys.exit(0 if check(args.folder, args.jobs, args.json) else 1)
+    elif args.command == "show":
+        print("drawn: " + ", ".join(map(str, show(args.folder, args.fields, args.output))))
+    else:
+        source = args.table if args.command == "own" else args.source
+        if not source.exists():
+            raise BadInput(f"{source}: no such file or folder")
+        fields = {}
+        if args.command == "own":
+            items, total, fields = own(args)
+        elif args.command == "fmow":
+            fmow = Fmow(args.source, args.groundtruth, args)
+            items, total = fmow.items, fmow.total
+        elif args.command == "so2sat":
+            items, total = so2sat(args.source)
+        else:
+            items, total = class_folders(args.source, args.command, args.seed)
+        options = {name: str(value) for name, value in vars(args).items() if name != "jobs"}
+        report = prepare(items, total, args.folder, options, max(1, args.jobs), fields)
+        print(f"{describe(args.command, args.folder, args.jobs)}\n{report}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        run(parser().parse_args(argv))
     except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -34,7 +34,7 @@ import tables
 from metadata import DEFAULT_FIELDS, FIELDS, TIME_PARTS, BadInput, Field, TableSchema, parse_category, parse_fields
 from metadata import parse_numbers, parse_timestamp
 from model import SOURCES, VITS, ModelConfig, SatMIP, describe_encoder, load_encoder, parameter_groups, read_encoder
-from tables import SETTINGS, canvas, format_rows, format_table, read_results
+from tables import SETTINGS, format_rows, format_table, read_results
 
 KS = (1, 5, 20, 100)  # supplement C
 TEMPERATURE = 0.07  # NOTE[PAPER] "following standard practice": the value of all three works it cites
@@ -46,8 +46,10 @@ TEMPERATURE = 0.07  # NOTE[PAPER] "following standard practice": the value of al
 class Pretrained:
     """A model with all it needs to read a dataset as in training: fields, schema, context, image size."""
 
-    def __init__(self, model: SatMIP, fields: str, schema: TableSchema | None, device: torch.device):
-        self.model, self.fields, self.schema, self.device = model, parse_fields(fields), schema, device
+    def __init__(
+        self, model: SatMIP, fields: tuple[Field, ...], schema: TableSchema | list | None, device: torch.device
+    ):
+        self.model, self.fields, self.schema, self.device = model, fields, schema, device
         self.encoder = model.config.metadata_encoder
         self.statistics = None  # channel mean and std, where the weights have their own; else the dataset's
         self.size = model.config.image_size
@@ -91,8 +93,9 @@ def load_pretrained(path: Path, device: torch.device) -> tuple[Pretrained, dict]
     state = read_checkpoint(path)
     model = SatMIP(ModelConfig(**state["model_config"]))
     load_weights(model, state["model"], path)
-    schema = TableSchema(**state["schema"]) if state["schema"] else None
-    pretrained = Pretrained(model.to(device).eval(), state["fields"], schema, device)
+    schema = TableSchema(**state["schema"]) if isinstance(state["schema"], dict) else state["schema"]
+    fields = tuple(Field(**{**field, "parts": tuple(field["parts"])}) for field in state["fields"])
+    pretrained = Pretrained(model.to(device).eval(), fields, schema, device)
     config, log = state["config"], path.with_name("log.jsonl")
     pretrained.about = {
         "checkpoint": str(path), "step": state["step"], "method": config["method"], "seed": config["seed"],
@@ -127,7 +130,7 @@ def load_foreign(path: Path, name: str, heads: int | None, scale: float, size: i
         raise BadInput(f"--image-size {size}: not a multiple of the patch size {patch}")
     model = SatMIP(ModelConfig(image_size=size, patch_size=patch, vit=vit))
     print(load_encoder(model.image_encoder, path, name, heads, scale))
-    pretrained = Pretrained(model.to(device).eval(), DEFAULT_FIELDS, None, device)
+    pretrained = Pretrained(model.to(device).eval(), parse_fields(DEFAULT_FIELDS), None, device)
     if name != "satmip":  # its own are of its training data, and the dataset's are what it is evaluated with
         pretrained.statistics = list(SOURCES[name].mean), list(SOURCES[name].std)
     pretrained.about = {"checkpoint": str(path), "method": name, "metadata_encoder": "none", "vit": vit, "heads": heads}
@@ -226,7 +229,7 @@ def histograms(split: data.Split, size: int, workers: int, bins: int = 16) -> Te
 def locations(split: data.Split) -> Tensor | None:
     """Places as points of the unit sphere [n, 3], whose cosine falls with distance. A row without a place is the
     zero vector, equally far from all; None if no row has one."""
-    table = data.tabulate(map(split.record, range(len(split))), parse_fields("location"), captions=False)
+    table = data.read_split(split.folder, (FIELDS["location"],)).table
     points = unit_sphere(table.numbers)
     return None if points.isnan().all() else points.nan_to_num().float()
 
@@ -458,7 +461,7 @@ def score_all(
 def label_names(splits: tuple[data.Split, data.Split]) -> list[str]:
     """The labels that both splits have, sorted: only those can be scored."""
     names = set(splits[0].labels) & set(splits[1].labels)
-    return sorted(n for n in names if all(any(v is not None for v in split.labels[n]) for split in splits))
+    return sorted(n for n in names if all((split.labels[n].codes >= 0).any() for split in splits))
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -632,15 +635,15 @@ def picture_neighbours(
 ) -> None:
     """Some labelled test images, each with its nearest training images; a green frame where the label agrees."""
     train, test = splits
-    labelled = [i for i, value in enumerate(test.labels[label]) if value is not None]
+    labelled = np.flatnonzero(test.labels[label].codes >= 0).tolist()
     chosen = labelled[:: max(1, len(labelled) // 6)][:6]
     bank, queries = (F.normalize(x, dim=1) for x in (features[0], features[1][chosen]))
     nearest = (queries @ bank.T).topk(min(7, len(train))).indices.tolist()
-    figure, axes = canvas(len(chosen), 1 + len(nearest[0]), 10, 1.45 * len(chosen))
+    figure, axes = data.canvas(len(chosen), 1 + len(nearest[0]), 10, 1.45 * len(chosen))
     for row, query, found in zip(axes, chosen, nearest):
         truth = test.labels[label][query]
         for axis, split, i in zip(row, [test] + [train] * len(found), [query, *found]):
-            name = split.labels.get(label, [None] * len(split))[i]
+            name = split.labels[label][i]
             colour = {None: "silver", truth: "tab:green"}.get(name, "tab:red") if split is train else "black"
             axis.imshow(data.load_image(split.folder / split.names[i], 96))
             axis.set_title(name or "no label", fontsize=8, pad=2)
@@ -665,7 +668,7 @@ def picture_places(
     if not located:
         return
     chosen = located[:: max(1, len(located) // 6)][:6]
-    figure, axes = canvas(len(chosen), 2, 10, 2.3 * len(chosen), width_ratios=(1, 2.7))
+    figure, axes = data.canvas(len(chosen), 2, 10, 2.3 * len(chosen), width_ratios=(1, 2.7))
     earth = data.Image.open(data.MAPS / "bluemarble-2004-07.jpg").resize((1080, 540))
     for (left, right), i in zip(axes, chosen):
         record, image = test.record(i), data.load_image(test.folder / test.names[i], size)
@@ -734,8 +737,7 @@ def export(args: argparse.Namespace) -> None:
         raise BadInput(f"{out}: holds an export of another checkpoint or dataset; choose another folder")
     (out / "encoder.json").write_text(about)
     torch.save(pretrained.model.image_encoder.state_dict(), out / "encoder.pt")
-    for split in splits if args.data else ():
-        stem = split.folder.name
+    for stem, split in zip(("train", "test"), splits) if args.data else ():
         (out / f"{stem}.ids.json").write_text(json.dumps([split.names[i] for i in range(len(split))]))
         streams = {
             "image": (pretrained.model.image_encoder.width, lambda start: image_features(

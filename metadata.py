@@ -1,7 +1,7 @@
 """Metadata of a satellite image, as a caption or as a table row (paper, Section 4.2, supplement B and E).
 
-In this order: the paper's 15 fields -> one value checked and printed -> a record as a caption -> a record
-as a row of table features -> the byte-pair tokenizer that turns captions into integers.
+In this order: the paper's 15 fields -> fields of one's own -> one value checked and printed -> a record as a
+caption -> a record as a row of table features -> the byte-pair tokenizer that turns captions into integers.
 
     python metadata.py        # the poster's record: its caption, its 207 tokens and its table features
 
@@ -13,8 +13,10 @@ Letters used everywhere: B local batch, G global batch, F metadata fields, L tex
 D width, E joint dimension, H heads, C classes; n is the number of samples of a split.
 """
 
+import dataclasses
 import gzip
 import html
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -24,7 +26,6 @@ from pathlib import Path
 import ftfy
 import numpy as np
 import regex
-
 
 
 class BadInput(ValueError):
@@ -73,18 +74,109 @@ DEFAULT_FIELDS = "gsd,timestamp,location"  # Section 4.1, in this order
 TIME_PARTS = ("year", "month", "day", "hour", "weekday")  # supplement B
 
 
-def parse_fields(names: str) -> tuple[Field, ...]:
-    """"gsd,location" -> those fields in that order; "all" -> the paper's 15. BadInput on unknown or repeated names."""
+def parse_fields(names: str, own: dict[str, Field] | None = None) -> tuple[Field, ...]:
+    """ "gsd,location" -> those fields in that order; "all" -> the data's own, or without any the paper's 15.
+
+    own: fields that the data define (`fields.json`). BadInput on unknown or repeated names."""
+    known = FIELDS | (own or {})
     if names == "all":
-        return tuple(FIELDS.values())
+        return tuple((own or FIELDS).values())
     chosen = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in chosen if name not in FIELDS]
+    unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
         what = f"unknown field {unknown[0]!r}" if unknown else "no field given"
-        raise BadInput(f"--fields: {what}; choose from {', '.join(FIELDS)}, or 'all'")
+        raise BadInput(f"--fields: {what}; choose from {', '.join(known)}, or 'all'")
     if len(set(chosen)) < len(chosen):
         raise BadInput(f"--fields: {names!r} names a field twice")
-    return tuple(FIELDS[name] for name in chosen)
+    return tuple(known[name] for name in chosen)
+
+
+# -----------------------------------------------------------------------------------------------------
+# Fields of one's own: columns of any table, their kinds inferred from their values
+
+ALIASES = {  # names of the SpatioTemporal Asset Catalog (STAC) -> the paper's
+    "datetime": "timestamp", "eo:cloud_cover": "cloud_cover", "view:off_nadir": "off_nadir_angle",
+    "view:azimuth": "target_azimuth_angle", "view:sun_azimuth": "sun_azimuth_angle",
+    "view:sun_elevation": "sun_elevation_angle", "platform": "sensor_platform",
+}  # fmt: skip
+COORDINATES = (("longitude", "latitude"), ("lon", "lat"), ("lng", "lat"), ("long", "lat"))
+BLANKS = {"", "-", "?", "n/a", "nan", "null", "none"}  # what tables write for nothing; NA is Namibia
+RESERVED = ("file_name", "area", "label", "split")  # columns that are not metadata
+KINDS = ("number", "category", "timestamp", "location", "list", "skip")
+
+
+def is_metadata(column: str) -> bool:
+    return column not in RESERVED and not column.startswith("label_") and not column.endswith("_inferred")
+
+
+def canonical(row: dict) -> dict:
+    """A table's row with its blanks left out, lists out of their text, two coordinates as one `location`, STAC's
+    names replaced by the paper's. A row that has nothing of this comes back as it is."""
+    record = {}
+    for name, value in row.items():
+        if isinstance(value, bool) and name not in FIELDS:
+            value = str(value).lower()
+        if isinstance(value, str):
+            if value.strip().lower() in BLANKS and name != "file_name":
+                continue
+            if value.startswith("[") and value.endswith("]"):
+                try:
+                    value = json.loads(value)
+                except ValueError:
+                    pass
+        record[ALIASES.get(name, name)] = value
+    if "location" not in record:
+        lower = {name.lower(): name for name in row}
+        for pair in COORDINATES:
+            if all(part in lower for part in pair):
+                place = [record.pop(lower[part], None) for part in pair]
+                record |= {"location": place} if None not in place else {}
+                break
+    return record
+
+
+def infer_field(name: str, values: list) -> tuple[Field | None, str]:
+    """What a column is, from its values (None and blanks left out) -> (the field, a remark for the reader).
+
+    A column is what nine tenths of its values are; the rest are then malformed, hence missing. A column of
+    single-use values is an identifier, of which nothing can be learned: None."""
+    if name in FIELDS:
+        return FIELDS[name], "as in the paper"
+    values = [v for v in values if str(v).strip().lower() != "na"] or values
+    parsed = {
+        "number": [parse_number(v, Field(name, "number")) for v in values],
+        "timestamp": [parse_timestamp(v) for v in values],
+        "list": [v if isinstance(v, list) and len(v) == len(values[0]) and numeric(v) else None for v in values]
+        if values and isinstance(values[0], list) else [],
+    }  # fmt: skip
+    for kind in ("timestamp", "list", "number"):  # 20150921 is a date before it is a number
+        good = [v for v in parsed[kind] if v is not None]
+        if good and len(good) >= 0.9 * len(values):
+            odd = len(values) - len(good)
+            remark = f"{odd} of {len(values)} values are none, hence missing" if odd else ""
+            return field_of_kind(name, kind, good), remark
+    different = len({str(v) for v in values})
+    if not values or (different > 20 and different > 0.5 * len(values)):
+        return None, f"left out: {different} different values in {len(values)} rows"
+    return field_of_kind(name, "category", values), f"{different} values"
+
+
+def numeric(values: list) -> bool:
+    return all(parse_number(v, Field("", "number")) is not None for v in values)
+
+
+def field_of_kind(name: str, kind: str, values: list) -> Field | None:
+    """A field of a kind that is known; `values` tell how to print it and how many components it has."""
+    if kind == "location":
+        return dataclasses.replace(FIELDS["location"], name=name)
+    if kind in ("number", "list"):
+        numbers = [float(x) for v in values for x in (v if isinstance(v, list) else [v]) if numeric([x])]
+        style = "%.0f" if all(x.is_integer() for x in numbers) else "%.6g"
+        longest = max((len(v) for v in values if isinstance(v, list)), default=0)
+        return Field(
+            name, "number", style=style, parts=tuple(map(str, range(1, longest + 1))) if kind == "list" else ()
+        )
+    return None if kind == "skip" else Field(name, kind)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -110,7 +202,7 @@ def parse_numbers(value: object, field: Field) -> list[float] | None:
     if not isinstance(values, (list, tuple)) or len(values) != max(1, len(field.parts)):
         return None
     numbers = [parse_number(v, field) for v in values]
-    if field.name == "location" and numbers[1] is not None and abs(numbers[1]) > 90:
+    if field.parts == ("longitude", "latitude") and numbers[1] is not None and abs(numbers[1]) > 90:
         return None
     return None if None in numbers else numbers
 
@@ -120,12 +212,45 @@ TIMESTAMP = re.compile(
 )
 
 
+CLOCK = re.compile(r"(.*?)(?:[T ,]+(\d\d?:\d\d(?::\d\d(?:\.\d+)?)?|\d{6}(?=Z)) ?(Z|[+-]\d\d:?\d\d)?)?", re.ASCII)
+DATES = ("%Y/%m/%d", "%Y.%m.%d", "%Y%m%d", "%d %b %Y", "%d-%b-%Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y")
+
+
+def iso_timestamp(value: object, day_first: bool | None = None) -> str | None:
+    """A date as people write it -> ISO 8601, or None. An ISO string comes back as it is: the poster prints it raw.
+
+    day_first: how to read 03/04/2015. None: not at all, as it may be either; 21/04/2015 can only be April."""
+    text = value.strip() if isinstance(value, str) else ""
+    if TIMESTAMP.fullmatch(text) or not any(c.isdigit() for c in text):
+        return text or None
+    date, clock, zone = CLOCK.fullmatch(text).groups()
+    numbers = re.fullmatch(r"(\d\d?)[/.-](\d\d?)[/.-](\d{4})", date, re.ASCII)
+    if numbers:
+        first, second, year = map(int, numbers.groups())
+        if day_first is None and first != second and max(first, second) <= 12:
+            return None
+        day, month = (first, second) if (second <= 12 if day_first is None else day_first) else (second, first)
+        parsed = f"{year}-{month:02d}-{day:02d}"
+    else:
+        for style in DATES:
+            try:
+                parsed = datetime.strptime(date, style).strftime("%Y-%m-%d")
+                break
+            except ValueError:
+                continue
+        else:
+            return None
+    if clock and ":" not in clock:
+        clock = f"{clock[:2]}:{clock[2:4]}:{clock[4:]}"
+    return f"{parsed}T{clock.zfill(5) if len(clock) < 6 else clock}{zone or ''}" if clock else parsed
+
+
 def parse_timestamp(value: object) -> list[float] | None:
-    """An ISO 8601 string -> [year, month, day, hour, weekday] in UTC, or None when it is not a date.
+    """A date -> [year, month, day, hour, weekday] in UTC, or None when it is none.
 
     A date may stop early ("2004-10" is a month): the parts it does not give are NaN. Monday is weekday 0.
     """
-    match = TIMESTAMP.fullmatch(value.strip()) if isinstance(value, str) else None
+    match = TIMESTAMP.fullmatch(iso_timestamp(value) or "")
     if match is None:
         return None
     year, month, day, hour, minute, second = (int(g) if g else None for g in match.groups()[:6])
@@ -146,7 +271,9 @@ def parse_timestamp(value: object) -> list[float] | None:
 
 
 def parse_category(value: object) -> str | None:
-    """A category as text, or None. Integers are accepted; lone surrogates (broken UTF-16) are not."""
+    """A category as text, or None. Whole numbers are accepted; lone surrogates (broken UTF-16) are not."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         return None
     text = str(value).strip()
@@ -166,12 +293,12 @@ def format_value(value: object, field: Field) -> str | None:
         printed = ", ".join(field.style % number for number in numbers)
         return f"[{printed}]" if field.parts else printed
     if field.kind == "timestamp":
-        return value.strip() if parse_timestamp(value) else None  # the raw string, as on the poster
+        return iso_timestamp(value) if parse_timestamp(value) else None
     return parse_category(value)
 
 
 def caption(record: dict, fields: tuple[Field, ...]) -> str:
-    """"key1: value1, ..., keyn: valuen" over the fields that the record has."""
+    """ "key1: value1, ..., keyn: valuen" over the fields that the record has."""
     printed = ((field.name, format_value(record.get(field.name), field)) for field in fields)
     return ", ".join(f"{name}: {text}" for name, text in printed if text is not None)
 
@@ -205,6 +332,17 @@ def table_row(record: dict, fields: tuple[Field, ...]) -> tuple[list[float], lis
 MISSING, UNKNOWN = 0, 1  # the first two rows of every category embedding
 
 
+@dataclass
+class Categories:
+    """n categorical values: the different ones, and which of them each row has."""
+
+    values: list[str]
+    codes: np.ndarray  # int32 [n], -1 where missing
+
+    def __getitem__(self, i: int) -> str | None:
+        return None if self.codes[i] < 0 else self.values[self.codes[i]]
+
+
 @dataclass(frozen=True)
 class TableSchema:
     """How raw table features become the encoder's input; fitted on the training split, kept in the checkpoint."""
@@ -215,24 +353,24 @@ class TableSchema:
     categories: dict[str, list[str]]  # field name -> the values seen in training, sorted
 
     @staticmethod
-    def fit(fields: tuple[Field, ...], numbers: np.ndarray, categories: list[list[str | None]]) -> "TableSchema":
-        """numbers [n, F_num] with NaN where missing; categories: one list of n values for each category field."""
+    def fit(fields: tuple[Field, ...], numbers: np.ndarray, categories: list[Categories]) -> "TableSchema":
+        """numbers [n, F_num] with NaN where missing; categories: those of each category field."""
         known = ~np.isnan(numbers)
         count = np.maximum(known.sum(0), 1)
         mean = np.where(known, numbers, 0).sum(0) / count
         std = np.sqrt((np.where(known, numbers - mean, 0) ** 2).sum(0) / count)
         std = np.where(std > 1e-9 * np.maximum(np.abs(mean), 1), std, 1)  # a constant column stays 0, not noise
         names = [f.name for f in fields if f.kind == "category"]
-        values = [sorted({v for v in column if v is not None}) for column in categories]
+        values = [sorted(column.values) for column in categories]
         return TableSchema(number_columns(fields), mean.tolist(), std.tolist(), dict(zip(names, values)))
 
-    def encode(self, numbers: np.ndarray, categories: list[list[str | None]]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, numbers: np.ndarray, categories: list[Categories]) -> tuple[np.ndarray, np.ndarray]:
         """-> float32 [n, F_num] standardised, NaN where missing; int64 [n, F_cat]: MISSING, UNKNOWN, then 2, 3, ..."""
         scaled = ((numbers - np.array(self.mean)) / np.array(self.std)).astype(np.float32)
         encoded = np.empty((len(numbers), len(self.categories)), np.int64)
-        for column, (seen, values) in enumerate(zip(self.categories.values(), categories)):
-            code = {value: i + 2 for i, value in enumerate(seen)} | {None: MISSING}
-            encoded[:, column] = [code.get(value, UNKNOWN) for value in values]
+        for i, (seen, column) in enumerate(zip(self.categories.values(), categories)):
+            code = {value: j + 2 for j, value in enumerate(seen)}
+            encoded[:, i] = np.array([*(code.get(value, UNKNOWN) for value in column.values), MISSING])[column.codes]
         return scaled, encoded
 
 
@@ -258,7 +396,7 @@ def byte_characters() -> list[str]:
 
 
 class Tokenizer:
-    """Text -> CLIP's token ids. `encode` gives the bare ids; calling it adds start and end and pads a batch."""
+    """Text -> CLIP's token ids. `encode` gives the bare ids; calling it adds start and end."""
 
     def __init__(self, path: Path = VOCABULARY):
         """path: the gzipped merges, one "left right" a line after a header. FileNotFoundError names the path."""
@@ -302,20 +440,9 @@ class Tokenizer:
             ids += self.words[word]
         return ids
 
-    def __call__(self, texts: list[str], context: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """n texts -> (uint16 ids [n, L], int64 lengths [n]), L the longest caption or `context` if that is less.
-
-        Padded with 0, which is also the id of "!": the lengths say what is padding. A caption that is too long
-        loses its last words, never its end token.
-        """
-        rows = [[self.start, *self.encode(text), self.end] for text in texts]
-        longest = max(map(len, rows), default=2)
-        context = min(longest, context or longest)
-        lengths = np.array([min(len(row), context) for row in rows], np.int64)
-        ids = np.zeros((len(rows), context), np.uint16)  # int16 would not hold 49,407
-        for out, row in zip(ids, rows):
-            out[: min(len(row), context)] = row if len(row) <= context else [*row[: context - 1], self.end]
-        return ids, lengths
+    def __call__(self, text: str) -> list[int]:
+        """A caption as the encoder reads it: its ids between the start and the end token."""
+        return [self.start, *self.encode(text), self.end]
 
 
 POSTER = {  # the record printed on the poster; fMoW, Iquitos, Peru

@@ -423,7 +423,7 @@ class ModelConfig:
     metadata_width: int = 512  # text 512, table 192 (supplement B)
     metadata_layers: int = 3
     metadata_heads: int = 8
-    vocabulary: int = 49408
+    vocabulary: int = 49408  # text: rows of the token embedding; set from the data
     context: int = 77  # text: longest caption, in tokens; set from the data
     numbers: int = 0  # table: numerical features
     categories: tuple[int, ...] = ()  # table: embedding rows of each categorical feature

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from data import canvas
 from metadata import BadInput
 
 HERE = Path(__file__).parent
@@ -175,19 +176,6 @@ def paper_table(results: list[dict], number: str, k: int = 20, metric: str = "pa
 # Plots
 
 
-def canvas(rows: int, columns: int, width: float, height: float, ticks: bool = False, **keywords):
-    """-> a figure and its [rows, columns] axes; drawn to a file, never to a screen."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, **keywords)
-    for axis in () if ticks else axes.flat:
-        axis.set(xticks=[], yticks=[])
-    return figure, axes
-
-
 def relative_times(results: list[dict]) -> dict[int, float]:
     """id of each result -> training time of its run over SimCLR's at its fewest epochs (Fig. 3)."""
     simclr = [r for r in results if r["method"] == "simclr" and "seconds" in r]
@@ -218,12 +206,14 @@ def plot(results: list[dict], kind: str, path: Path, k: int = 20, metric: str = 
     wanted = [r for r in wanted if not (hidden and hidden(r))]
     if not wanted:
         raise BadInput(f"plot {kind}: no result of that kind; evaluate.py score --output writes them")
+    from matplotlib.ticker import AutoLocator
+
     over, colour = PLOTS[kind]
     times = relative_times(wanted) if kind == "time" else {}
     protocol = lambda r: f"kNN k={k}" if r["protocol"] == "knn" else r["protocol"]  # noqa: E731
     title = lambda r: f"{Path(r['data']).name}: {r['label'].removeprefix('label_')}, {protocol(r)}"  # noqa: E731
     panels = list(dict.fromkeys(map(title, wanted)))
-    figure, axes = canvas(1, len(panels), 1.5 + 4 * len(panels), 3.6, ticks=True)
+    figure, axes = canvas(1, len(panels), 1.5 + 4 * len(panels), 3.6)
     for axis, panel in zip(axes[0], panels):
         shown = [r for r in wanted if title(r) == panel]
         groups, series = (list(dict.fromkeys(map(f, shown))) for f in (over, colour))
@@ -241,7 +231,9 @@ def plot(results: list[dict], kind: str, path: Path, k: int = 20, metric: str = 
                 axis.errorbar(x, mean, deviation, marker="o", capsize=3, label=name)
             else:
                 axis.bar(x, mean, 0.75 / len(series), yerr=deviation, capsize=3, label=name)
+        axis.yaxis.set_major_locator(AutoLocator())
         if kind == "time":
+            axis.xaxis.set_major_locator(AutoLocator())
             axis.set(xlabel="training time relative to SimCLR's shortest")
         else:
             axis.set_xticks(range(len(groups)), groups, rotation=30, ha="right")

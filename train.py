@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import evaluate
 import losses
-from metadata import DEFAULT_FIELDS, BadInput, TableSchema, parse_fields
+from metadata import DEFAULT_FIELDS, BadInput, TableSchema
 from model import SOURCES, VITS, ModelConfig, SatMIP, load_encoder, parameter_groups
 
 # -----------------------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ class Config:
     data: str = option("", "prepared dataset; default: the embedded data, cut into data/demo")
     output: str = option("", "run folder, resumed if it holds a checkpoint; default: runs/METHOD or runs/demo-METHOD")
     metadata_encoder: str = option("text", "how metadata is encoded", ("text", "table"))
-    fields: str = option(DEFAULT_FIELDS, "metadata fields in order, comma-separated, or 'all'")
+    fields: str = option("", f"metadata fields in order or 'all'; default: DIR/fields.json's, else {DEFAULT_FIELDS}")
     vit: str = option("vit_small", "image encoder", tuple(VITS))
     init: str = option("", "file of weights that the image encoder starts from (Table 4)")
     init_source: str = option("satmip", "whose weights; satmip: a checkpoint of this program", tuple(SOURCES))
@@ -138,7 +139,6 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must not be negative")
     if config.decouple_views and not (method.metadata_image and method.image_image):
         raise BadInput(f"--decouple-views: {config.method} has one kind of view only; use --method satmips")
-    parse_fields(config.fields)
     return config, "demo" if demo else "paper"
 
 
@@ -392,12 +392,24 @@ def train(config: Config, preset: str) -> None:
     if preset == "demo" and world.first(lambda: not Path(config.data).exists()):
         world.print(f"no --data: preparing the embedded data (NASA imagery, about a minute, once) in {config.data}")
         world.first(lambda: data.prepare_demo(Path(config.data)))
-    fields, encoder = parse_fields(config.fields), config.metadata_encoder if method.metadata_image else "none"
+    encoder = config.metadata_encoder if method.metadata_image else "none"
+    fields = world.first(lambda: data.choose_fields(Path(config.data), config.fields))
+    config = dataclasses.replace(config, fields=",".join(field.name for field in fields))
+    world.first(lambda: bool(data.read_dataset(config.data, fields, captions=encoder == "text")))  # caches it for all
     splits = data.read_dataset(config.data, fields, captions=encoder == "text")
     if config.batch_size > len(splits[0]):
         raise BadInput(f"--batch-size {config.batch_size}: {config.data} has only {len(splits[0])} training images")
     table = splits[0].table
-    schema = TableSchema.fit(fields, table.numbers, table.categories) if encoder == "table" else None
+    rates = data.missing_rates(table, fields) if encoder != "none" else {}
+    if rates and min(rates.values()) == 1:
+        columns = ", ".join(splits[0].record(0))
+        raise BadInput(f"--fields: {', '.join(rates)} missing in every row of {splits[0].source}; it has {columns}")
+    for name in (name for name, rate in rates.items() if rate == 1):
+        world.print(f"field {name} is missing in every training row: nothing is learned from it")
+    schema = {
+        "none": lambda: None, "text": lambda: np.unique(table.tokens.values).tolist(),
+        "table": lambda: TableSchema.fit(fields, table.numbers, table.categories),
+    }[encoder]()  # fmt: skip
     metadata, test_metadata = (data.Metadata(split.table, encoder, schema) for split in splits)
     context = -(-max(metadata.longest, test_metadata.longest) // 8) * 8  # in tokens, from the data
     statistics = world.first(lambda: data.channel_statistics(splits[0], config.image_size, config.workers))
@@ -405,8 +417,9 @@ def train(config: Config, preset: str) -> None:
     # --- model and optimizer ---
     model_config = ModelConfig(
         config.image_size, config.patch_size, config.vit, encoder, config.metadata_width, config.metadata_layers,
-        context=context, numbers=len(schema.numbers) if schema else 0,
-        categories=tuple(len(values) + 2 for values in schema.categories.values()) if schema else (),
+        vocabulary=len(schema) + 1 if encoder == "text" else 0, context=context,
+        numbers=len(schema.numbers) if encoder == "table" else 0,
+        categories=tuple(len(v) + 2 for v in schema.categories.values()) if encoder == "table" else (),
         image_image=method.image_image, mlp_hidden=config.mlp_hidden,
     )  # fmt: skip
     torch.manual_seed(config.seed)
@@ -450,7 +463,7 @@ def train(config: Config, preset: str) -> None:
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
         return {
             "model": model.state_dict(), "model_config": asdict(model_config), "config": options,
-            "fields": config.fields, "schema": asdict(schema) if schema else None,
+            "fields": [asdict(field) for field in fields], "schema": asdict(schema) if encoder == "table" else schema,
             "channel_mean": statistics[0], "channel_std": statistics[1], "step": step,
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "versions": versions,
         }  # fmt: skip
@@ -458,7 +471,7 @@ def train(config: Config, preset: str) -> None:
     # --- train ---
     order = data.Order(len(splits[0]), config.batch_size, start, steps, config.seed, world.rank, world.size)
     batches = data.load(splits[0], config.image_size, order, config.workers)
-    trained = evaluate.Pretrained(model, config.fields, schema, device)
+    trained = evaluate.Pretrained(model, fields, schema, device)
     began, line, whole = time.perf_counter(), Meter(), Meter()
     for step in range(start, steps):
         epoch, asked = step // per_epoch, time.perf_counter()
@@ -501,7 +514,7 @@ def train(config: Config, preset: str) -> None:
 
     # --- report ---
     if evaluate.label_names(splits):
-        before = evaluate.Pretrained(untrained.to(device), config.fields, schema, device)
+        before = evaluate.Pretrained(untrained.to(device), fields, schema, device)
         table = world.first(lambda: report(trained, before, splits, statistics, config))
         world.print(f"\n{table}\n\nin {path.parent}: " + ", ".join(sorted(file.name for file in path.parent.iterdir())))
     if world.size > 1:
