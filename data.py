@@ -52,9 +52,9 @@ from PIL import Image
 from torch import Tensor
 
 from metadata import (
-    DEFAULT_FIELDS, FIELDS, KINDS, VOCABULARY_SIZE, BadInput, Categories, Field, TableSchema, Tokenizer, canonical, caption,
-    field_of_kind, format_value, infer_field, is_metadata, iso_timestamp, number_columns, parse_fields, parse_number,
-    parse_numbers, parse_timestamp, table_row,
+    DEFAULT_FIELDS, FIELDS, KINDS, VOCABULARY_SIZE, BadInput, Categories, Field, TableSchema, Tokenizer, canonical,
+    caption, field_of_kind, format_value, infer_field, is_metadata, iso_timestamp, number_columns, parse_fields,
+    parse_number, parse_numbers, parse_timestamp, table_row,
 )  # fmt: skip
 
 # -----------------------------------------------------------------------------------------------------
@@ -457,8 +457,8 @@ class Metadata:
 
     def batch(self, rows: Tensor, device: torch.device) -> tuple[Tensor, ...] | None:
         """Rows [B] -> what the metadata encoder's forward takes: (numbers [B, F_num], categories [B, F_cat]), or
-        (embedding rows [B, L], lengths [B]) with L the longest caption of the batch. One that is too long loses its last
-        words, never its end token."""
+        (embedding rows [B, L], lengths [B]) with L the longest caption of the batch. One that is too long loses its
+        last words, never its end token."""
         if self.encoder == "none":
             return None
         if self.encoder == "table":

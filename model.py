@@ -22,7 +22,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metadata import BadInput
 
 # -----------------------------------------------------------------------------------------------------
 # One pre-norm Transformer block for all three encoders
@@ -190,6 +189,10 @@ class Source:
     scaled: bool = False  # positions are computed from the ground sample distance
 
 
+class WrongWeights(ValueError):
+    """A file is not what it is said to be, or does not fit. The message is one line."""
+
+
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FMOW = (0.4182007, 0.4214799, 0.3991276), (0.2877428, 0.2754177, 0.2764018)  # SatMAE's
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -214,24 +217,24 @@ DROPPED = re.compile(r"head|pre_logits|decoder|mask_token|fpn|fcn_|proj_up|up_bl
 def read_encoder(path: Path, name: str, heads: int | None = None) -> tuple[dict[str, Tensor], int, str]:
     """-> an image encoder's tensors by timm's names with RGB channels, its heads, what else the file holds.
 
-    name: of SOURCES. heads: where they are not the source's. BadInput when the file is not of that source. Nothing
+    name: of SOURCES. heads: where they are not the source's. WrongWeights when the file is not of that source. Nothing
     unpickled is run: options of the authors' training often lie beside the weights, hence the one class allowed.
     """
     if not path.is_file():
-        raise BadInput(f"{path}: no such file")
+        raise WrongWeights(f"{path}: no such file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             whole = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise BadInput(f"{path}: not a file of weights (or one that holds code, which is never run)") from None
+        raise WrongWeights(f"{path}: not a file of weights (or one that holds code, which is never run)") from None
     except Exception as error:  # zip and pickle each raise their own for a torn or foreign file
-        raise BadInput(f"{path}: cannot be read as weights ({type(error).__name__})") from None
+        raise WrongWeights(f"{path}: cannot be read as weights ({type(error).__name__})") from None
     source, whole = SOURCES[name], whole if isinstance(whole, dict) else {}
     content = next((whole[key] for key in source.containers if isinstance(whole.get(key), dict)), whole)
     prefix = next((prefix for prefix in source.prefixes if f"{prefix}cls_token" in content), None)
     if prefix is None:
         keys = ", ".join(list(map(str, content))[:3]) or "nothing"
-        raise BadInput(f"{path}: not {name} weights: no {source.prefixes[0]}cls_token; it holds {keys}, ...")
+        raise WrongWeights(f"{path}: not {name} weights: no {source.prefixes[0]}cls_token; it holds {keys}, ...")
     tensors = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
     tensors = {key: value for key, value in tensors.items() if not DROPPED.match(key)}
     if source.bgr and "patch_embed.proj.weight" in tensors:  # turned once, here: images stay red, green, blue
@@ -248,7 +251,7 @@ def load_encoder(encoder: ViT, path: Path, name: str, heads: int | None = None, 
     """Put the weights of a file into an image encoder -> one line on what was loaded and what was not.
 
     Positions are resampled to the encoder's grid; those of Scale-MAE are computed for `scale`, the ground sample
-    distance relative to its base. BadInput unless every tensor is there in its shape and the heads agree.
+    distance relative to its base. WrongWeights unless every tensor is there in its shape and the heads agree.
     """
     tensors, heads, aside = read_encoder(path, name, heads)
     own = encoder.state_dict()
@@ -266,13 +269,13 @@ def load_encoder(encoder: ViT, path: Path, name: str, heads: int | None = None, 
     foreign = [key for key in unexpected if key.startswith("blocks.")]  # a block of another architecture
     if wrong or foreign:
         key = (wrong + foreign)[0]
-        raise BadInput(
+        raise WrongWeights(
             f"{path}: {len(wrong)} of {len(own)} tensors of the model are not in these {name} weights and "
             f"{len(foreign)} of theirs are not in its blocks; {key}: {shape(tensors, key)}, wanted {shape(own, key)}"
         )
     if heads != encoder.blocks[0].attn.heads:
         fit = [vit for vit, size in VITS.items() if size == (encoder.width, len(encoder.blocks), heads)]
-        raise BadInput(
+        raise WrongWeights(
             f"{path}: {name} has {heads} heads where the model has {encoder.blocks[0].attn.heads}, in tensors of the "
             f"same shapes; use --vit {fit[0] if fit else 'of that many heads'}"
         )

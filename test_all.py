@@ -49,7 +49,6 @@ import evaluate
 import losses
 import metadata
 import model
-import tables
 import train
 from metadata import POSTER, BadInput, TableSchema, Tokenizer, caption, parse_fields, parse_timestamp, table_row
 
@@ -574,7 +573,7 @@ def test_wrong_weights_of_others(tmp_path):
     vit, path = randomise(model.ViT(32, 16, *model.VITS["vit_micro"])), tmp_path / "x.pt"
     small = model.ViT(32, 16, 384, 1, 12)
     foreign_file(path, "dino", model.ViT(32, 16, 384, 1, 6))
-    with pytest.raises(BadInput, match="dino has 6 heads where the model has 12"):
+    with pytest.raises(model.WrongWeights, match="dino has 6 heads where the model has 12"):
         model.load_encoder(small, path, "dino")
     for changes, needle in (
         ({"norm.weight": torch.ones(64)}, r"norm.weight: \(64,\), wanted \(128,\)"),
@@ -583,16 +582,16 @@ def test_wrong_weights_of_others(tmp_path):
         ({"patch_embed.proj.weight": torch.ones(128, 3, 8, 8)}, "patch_embed.proj.weight"),
     ):
         foreign_file(path, "timm", vit, **changes)
-        with pytest.raises(BadInput, match=needle):
+        with pytest.raises(model.WrongWeights, match=needle):
             model.load_encoder(vit, path, "timm", heads=4)
     pooled = {key: value for key, value in vit.state_dict().items() if not key.startswith("norm.")}
     torch.save({"model": pooled | {"fc_norm.weight": torch.ones(128)}}, path)  # a fine-tuned MAE, which averages tokens
-    with pytest.raises(BadInput, match="norm.weight: nothing, wanted"):
+    with pytest.raises(model.WrongWeights, match="norm.weight: nothing, wanted"):
         model.load_encoder(vit, path, "mae", heads=4)
-    with pytest.raises(BadInput, match="not slip weights: no module.visual.cls_token; it holds model"):
+    with pytest.raises(model.WrongWeights, match="not slip weights: no module.visual.cls_token; it holds model"):
         model.load_encoder(vit, path, "slip", heads=4)
     torch.save({"model": Malice(tmp_path / "marker")}, path)
-    with pytest.raises(BadInput, match="holds code"):
+    with pytest.raises(model.WrongWeights, match="holds code"):
         model.load_encoder(vit, path, "mae")
     assert not (tmp_path / "marker").exists()
 
@@ -1146,7 +1145,7 @@ def test_fmow_ready_cropped(fmow, tmp_path):
     cropped = tmp_path / "cropped"
     for split, ours in (("train", "train"), ("val", "test")):
         for row in json_lines(tmp_path / "from-original" / ours / "metadata.jsonl"):
-            path, (*folders, box, name) = cropped / split / row["file_name"], row["file_name"].split("/")
+            path, (*folders, _, name) = cropped / split / row["file_name"], row["file_name"].split("/")
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(tmp_path / "from-original" / ours / row["file_name"], path)
             original = fmow / split / Path(*folders) / name
@@ -1916,11 +1915,11 @@ def test_tables_of_the_paper():
     results = [r for r in made_results() if r["epochs"] == 25]
 
     def cells(number: str) -> dict[str, list[str]]:
-        text = tables.paper_table(results, number)
+        text = evaluate.paper_table(results, number)
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
         return {row[0]: row[1:] for row in rows}
 
-    with open(HERE / "paper_tables.csv", encoding="utf-8") as file:
+    with open(evaluate.PAPER_TABLES, encoding="utf-8") as file:
         numbers = {line.split(";")[0] for line in file if line[0] not in "#t"}
     assert numbers == {"2", "3", "4", "5", "6", "S4", "S5", "S6", "S8"} and all(map(cells, numbers))
     two = cells("2")
@@ -1935,24 +1934,24 @@ def test_tables_of_the_paper():
     theirs = ["27.8 \xb1 0.1", "27.8 \xb1 0.2"]
     assert six["method=satmip metadata_encoder=table features=metadata"] == ["-", *theirs]
     with pytest.raises(BadInput, match="--paper 7: not one of 2, 3, 4"):
-        tables.paper_table([], "7")
+        evaluate.paper_table([], "7")
     with pytest.raises(BadInput, match="simclr 25 0 and simclr 50 0 are both seed 0 of method=simclr"):
-        tables.paper_table(made_results(), "2")
-    text = tables.format_table(made_results())
+        evaluate.paper_table(made_results(), "2")
+    text = evaluate.format_table(made_results())
     assert "satmips (table), epochs=50, fields=gsd, both" in text and "missing" not in text and "retrieval" not in text
 
 
-@pytest.mark.parametrize("kind", tables.PLOTS)
+@pytest.mark.parametrize("kind", evaluate.PLOTS)
 def test_plots(kind, tmp_path):
     """A picture of each kind; training time is relative to SimCLR's shortest run."""
-    tables.plot(made_results(), kind, tmp_path / "x.png")
+    evaluate.plot(made_results(), kind, tmp_path / "x.png")
     assert min(Image.open(tmp_path / "x.png").size) > 300
     results = made_results()
-    times = tables.relative_times(results)
+    times = evaluate.relative_times(results)
     assert {times[id(r)] for r in results if r["method"] == "satmip"} == {0.5, 1.0}
     for unfit in ([], [r for r in results if r["method"] != "simclr" and kind == "time"]):
         with pytest.raises(BadInput, match=f"plot {kind}"):
-            tables.plot(unfit, kind, tmp_path / "y.png")
+            evaluate.plot(unfit, kind, tmp_path / "y.png")
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -2439,11 +2438,10 @@ def test_wrong_checkpoints(run, tmp_path):
 
 OURS = {  # the import graph, in reading order
     "metadata": set(),
-    "model": {"metadata"},
+    "model": set(),
     "losses": set(),
     "data": {"metadata"},
-    "tables": {"data", "metadata"},
-    "evaluate": {"model", "metadata", "data", "tables"},
+    "evaluate": {"model", "metadata", "data"},
     "train": {"metadata", "model", "losses", "data", "evaluate"},
 }
 
@@ -2454,7 +2452,7 @@ def source(name: str) -> ast.Module:
 
 @pytest.mark.parametrize("name", OURS)
 def test_files_and_imports(name):
-    """Eight files; each imports of ours what the design allows, else what requirements.txt names."""
+    """Seven files; each imports of ours what the design allows, else what requirements.txt names."""
     assert {path.stem for path in HERE.glob("*.py")} == {*OURS, "test_all"}
     nodes = list(ast.walk(source(name)))
     found = {alias.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for alias in n.names}

@@ -31,7 +31,7 @@ import data
 import evaluate
 import losses
 from metadata import DEFAULT_FIELDS, BadInput, TableSchema
-from model import SOURCES, VITS, ModelConfig, SatMIP, load_encoder, parameter_groups
+from model import SOURCES, VITS, ModelConfig, SatMIP, WrongWeights, load_encoder, parameter_groups
 
 # -----------------------------------------------------------------------------------------------------
 # Options: the defaults are the paper's
@@ -368,7 +368,7 @@ def report(trained: evaluate.Pretrained, untrained: evaluate.Pretrained, splits,
 def main(argv: list[str] | None = None) -> None:
     try:
         train(*parse_config(argv))
-    except (BadInput, OSError) as error:
+    except (BadInput, WrongWeights, OSError) as error:
         sys.exit(f"error: {error}")
     finally:
         if dist.is_initialized():
