@@ -977,7 +977,7 @@ def test_every_method_overfits(method, encoder):
     sizes = dict(vocabulary=49408, context=77, numbers=9, categories=(), metadata_width=64)
     m = small_model(encoder, image_image=method != "satmip", **sizes).train()
     views = train.make_views(images_of(32, 32), torch.arange(32), 0, config, ([0.5] * 3, [0.25] * 3))
-    optimizer = torch.optim.AdamW(model.parameter_groups(m, 0.1), lr=0.0, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameter_groups(m, 0.1), lr=0.0, betas=(0.9, 0.98), fused=True)
     scaler, batch = torch.amp.GradScaler("cpu", enabled=False), read.batch(torch.arange(32), torch.device("cpu"))
     for step in range(120):
         for group in optimizer.param_groups:
@@ -1005,7 +1005,8 @@ def test_temperature():
     assert abs(m.logit_scale.exp() * 0.07 - 1) < 1e-6
     for before, after in ((9.0, math.log(100)), (-1.0, 0.0)):
         m.logit_scale.data.fill_(before)
-        train.train_step(m, torch.optim.SGD(m.parameters(), 1e-6), scaler, *small_batch(4), train.Config(), None)
+        optimizer = torch.optim.SGD(m.parameters(), 1e-6, fused=True)
+        train.train_step(m, optimizer, scaler, *small_batch(4), train.Config(), None)
         assert abs(m.logit_scale - after) < 1e-5
 
 
@@ -1016,13 +1017,17 @@ def test_a_torn_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError("disk full")
 
-    train.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 1})
-    with monkeypatch.context() as patch, pytest.raises(OSError):
+    path = tmp_path / "checkpoint.pt"
+    train.save_checkpoint(path, {"step": 1})
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="disk full.*intact"):
         patch.setattr(torch, "save", torn)
-        train.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 2})
-    assert checkpoint(tmp_path) == {"step": 1}
-    train.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 3})
-    assert checkpoint(tmp_path) == {"step": 3} and len(list(tmp_path.iterdir())) == 1
+        train.save_checkpoint(path, {"step": 2})
+    assert checkpoint(tmp_path) == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+    for step in (3, 4, 5):
+        train.save_checkpoint(path, {"step": step}, keep=2)
+    steps = {p.name: torch.load(p)["step"] for p in tmp_path.iterdir()}
+    names = ("checkpoint.pt", "checkpoint.previous.pt", "checkpoint.00000004.pt", "checkpoint.00000005.pt")
+    assert steps == dict(zip(names, (5, 4, 4, 5)))
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -1033,7 +1038,7 @@ def test_a_torn_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_a_run_leaves_its_results(run, name):
     """Checkpoint, a log line an epoch, scores of every kind of features, pictures; missing values and all."""
     has_metadata, has_views = name != "simclr", name != "satmip"
-    files = ["checkpoint.pt", "log.jsonl", "neighbours.png", "places.png", "results.jsonl"]
+    files = ["checkpoint.previous.pt", "checkpoint.pt", "log.jsonl", "neighbours.png", "places.png", "results.jsonl"]
     assert sorted(p.name for p in run(name).iterdir()) == [f for f in files if has_metadata or f != "places.png"]
     assert all(min(Image.open(picture).size) > 100 for picture in run(name).glob("*.png"))
     lines, results = json_lines(run(name) / "log.jsonl"), json_lines(run(name) / "results.jsonl")
@@ -1065,22 +1070,52 @@ def test_checkpoints_are_plain(run, dataset, name):
     assert state["schema"] == (dataclasses.asdict(schema) if name == "table" else None)
 
 
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(run, dataset, tmp_path, monkeypatch):
-    """Stopped after the first checkpoint and started again: the same weights and optimizer, bit by bit."""
-    argv = [*TINY, "--data", str(dataset), "--output", str(tmp_path), *RUNS["table"].split()]
-    save = train.save_checkpoint
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_checkpoint", lambda *args: [save(*args), signal.raise_signal(signal.SIGINT)])
-        train.main(argv)
-    assert checkpoint(tmp_path)["step"] == 3
+def same(a, b) -> bool:
+    """Bit by bit, all through."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
+def outcome(folder: Path) -> tuple[dict, list[dict]]:
+    """What two runs have in common if they computed the same: checkpoint and log, without times and free options."""
+    state = checkpoint(folder)
+    for key in ("waited", "seconds"):
+        del state["epoch_so_far"][key]
+    state["config"] = {key: value for key, value in state["config"].items() if key not in train.FREE}
+    timings = {"images_per_second", "wait", "seconds", "memory"}
+    log = json_lines(folder / "log.jsonl")
+    return state, [{key: value for key, value in line.items() if key not in timings} for line in log]
+
+
+def stop_at(step: int, number: int):
+    """train_step, but it raises this signal in this step."""
+    count, original = itertools.count(), train.train_step
+
+    def replaced(*args, **more):
+        if next(count) == step:
+            signal.raise_signal(number)
+        return original(*args, **more)
+
+    return replaced
+
+
+@pytest.mark.parametrize("name, workers", [("simclr", 0), ("satmip", 2), ("satmips", 0), ("table", 2)])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(run, dataset, tmp_path, monkeypatch, capsys, name, workers):
+    """Killed in the middle of the first epoch, told to stop in the second: the same weights, optimizer and log, bit
+    by bit, and statuses that say what happened."""
+    argv = [*TINY, "--data", str(dataset), "--output", str(tmp_path), *RUNS[name].split(), "--save-every", "2"]
+    argv += ["--workers", str(workers)]
+    for step, number, status, saved in ((2, signal.SIGINT, 130, 2), (0, signal.SIGTERM, 75, 4), (0, signal.SIGUSR1, 75, 6)):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(train, "train_step", stop_at(step, number))
+            train.main(argv)
+        assert (stopped.value.code, checkpoint(tmp_path)["step"]) == (status, saved)
+        assert ("told to stop: saved after" if status == 75 else "interrupted") in capsys.readouterr().out
     train.main(argv)
-    ours, theirs = checkpoint(tmp_path), checkpoint(run("table"))
-    assert ours["step"] == theirs["step"] == 6
-    pairs = [(ours["model"], theirs["model"])]
-    pairs += [(ours["optimizer"]["state"][i], moments) for i, moments in theirs["optimizer"]["state"].items()]
-    assert len(pairs) > 50 and all(torch.equal(a[name], value) for a, b in pairs for name, value in b.items())
-    ours, theirs = (json_lines(folder / "log.jsonl")[-1] for folder in (tmp_path, run("table")))
-    assert ours["epoch"] == 2 and ours["loss"] == theirs["loss"]
+    assert all(map(same, outcome(tmp_path), outcome(run(name))))
 
 
 @pytest.mark.parametrize("name", ["simclr", "satmips"])
