@@ -685,12 +685,15 @@ def train(config: Config, preset: str) -> None:
         entry = {"epoch": epoch, "step": step, "lr": rate, **whole.read(device, config.batch_size)}
         if monitored(epoch):
             size, workers = config.image_size, config.workers
-            pair = [evaluate.extract(trained, s, statistics, "image", size, workers)["image"] for s in splits]
-            scores = evaluate.score_all({"image": tuple(pair)}, splits, labels[:1], ["knn"])
+            try:
+                pair = [evaluate.extract(trained, s, statistics, "image", size, workers)["image"] for s in splits]
+                scores = evaluate.score_all({"image": tuple(pair)}, splits, labels[:1], ["knn"])
+                entry[f"knn_{labels[0]}"] = {str(r["k"]): r["accuracy"] for r in scores}
+                shown = ", ".join(f"{100 * r['accuracy']:.1f} (k={r['k']})" for r in scores)
+                world.print(f"kNN accuracy on {labels[0]}: {shown}")
+            except BadInput as error:  # scores are of what is there, or none; training need not end for it
+                world.print(f"not scored: {error}")
             model.train()
-            entry[f"knn_{labels[0]}"] = {str(r["k"]): r["accuracy"] for r in scores}
-            shown = ", ".join(f"{100 * r['accuracy']:.1f} (k={r['k']})" for r in scores)
-            world.print(f"kNN accuracy on {labels[0]}: {shown}")
         log[:] = [old for old in log if old.get("epoch") != epoch] + [entry]
         write_lines(path.with_name("log.jsonl"), log)
 
