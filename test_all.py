@@ -1477,7 +1477,7 @@ def parent(stat: Path) -> int | None:
 def test_signals_to_a_real_process(dataset, tmp_path):
     """Two SIGTERM: at once, without saving. Ctrl-C: no worker stays. A killed worker: one line. The second is sent
     to the whole session, as a terminal does."""
-    argv = [*TINY, "--data", dataset, "--output", tmp_path / "run", *RUNS["simclr"].split(), "--workers", 2]
+    argv = [*TINY, "--data", dataset, "--output", tmp_path / "run", *RUNS["simclr"].split(), "--workers", 2, "--epochs", 9]
     for case, code in {"twice": 143, "interrupt": 130, "worker": 1}.items():
         (process,) = start(tmp_path, argv, fault=sleep_in_step_two)
         said = tmp_path / "said-0"

@@ -525,10 +525,11 @@ class Watch:
 
         if len(self.unreadable) > known:
             self.world.first(note)
-        if len(self.unreadable) > self.config.max_bad * len(self.split):
+        config = self.config
+        if len(self.unreadable) > config.max_bad * len(self.split):
             raise BadInput(
                 f"{len(self.unreadable)} of {len(self.split):,} training images cannot be read, more than --max-bad "
-                f"{self.config.max_bad:g}; {path} lists them; one is {next(iter(self.unreadable.values()))}"
+                f"{config.max_bad:g}; {path} lists them; one is {next(iter(self.unreadable.values()))}"
             )
 
 
