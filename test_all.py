@@ -1376,6 +1376,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(run, dataset, tmp_path):
 def real(argvs: list[list[str]], env: dict, fault) -> None:
     """What a process of its own does: `fault` spoils something, then train.py runs once for each argv."""
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # workers are its own, as in a program started by hand
     os.environ.update(env)
     sys.stdout = sys.stderr = open(env["SAID"], "a")
     torch.set_num_threads(1)
@@ -1801,7 +1802,8 @@ def test_files_and_imports(name):
 
 def test_every_option_is_used():
     """Each field of Config is read as config.<name> outside the parser."""
-    functions = [n for n in source("train").body if isinstance(n, ast.FunctionDef) and n.name != "parse_config"]
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    functions = [n for n in source("train").body if isinstance(n, kinds) and n.name != "parse_config"]
     nodes = [n for f in functions for n in ast.walk(f) if isinstance(n, ast.Attribute)]
     used = {n.attr for n in nodes if isinstance(n.value, ast.Name) and n.value.id == "config"}
     assert {f.name for f in dataclasses.fields(train.Config)} - used == set()
