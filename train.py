@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import platform
 import signal
@@ -582,6 +583,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: a worker was killed, perhaps for want of memory; try fewer --workers ({error})")
     finally:
         Signals.reset()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would complain of what comes now:
+        for worker in multiprocessing.active_children():  # left only when something went wrong
+            worker.kill()
         if dist.is_initialized():
             dist.destroy_process_group()
 
