@@ -1558,7 +1558,7 @@ def test_torchrun_restarts(run, dataset, tmp_path):
         f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport test_all, train\nfrom pathlib import Path\n"
         "test_all.InStep(4, '1', 'die', Path('died'))()\ntrain.main(sys.argv[1:])\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
     argv = [*TINY, "--data", str(dataset), *RUNS["simclr"].split(), "--save-every", "1", "--output", "run"]
     done = subprocess.run([*command, "program.py", *argv], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and (tmp_path / "died").exists(), done.stderr
