@@ -35,6 +35,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import tempfile
@@ -166,11 +167,30 @@ class Split:
             return canonical(json.loads(file.readline()))
 
 
+def unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object as a dict; of two values for one key, Python would silently take the last."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError(f"a key comes twice among {[key for key, _ in pairs]}")
+    return record
+
+
+def refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")  # though Python reads NaN and Infinity
+
+
+LONGEST_LINE = 2**20  # bytes; a record has some hundreds
+
+
 def read_record(line: bytes, where: str) -> dict:
     """One line of metadata.jsonl -> its record. BadInput names the file and the line."""
+    if len(line) > LONGEST_LINE:
+        raise BadInput(f"{where}: {len(line):,} bytes; one record a line, of at most {LONGEST_LINE:,}")
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = json.loads(line, object_pairs_hook=unique, parse_constant=refuse)
+        if b"\\u" in line or not line.isascii():
+            json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair is no text: UnicodeEncodeError
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: not JSON ({error})") from None
     if not isinstance(record, dict):
         raise BadInput(f"{where}: not a JSON object")
@@ -478,7 +498,9 @@ class Metadata:
 # Loading images: workers decode, nothing else
 
 
-Image.MAX_IMAGE_PIXELS = 500_000_000  # satellite images are large (fMoW has 20,000 px sides); still no bomb
+MAX_PIXELS = 500_000_000  # satellite images are large (fMoW has 20,000 px sides); still no bomb
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would only warn, up to twice its value
+ATTEMPTS = 10  # at a row in place of one that cannot be read
 MODES = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "1")  # 8 bits a channel: what convert("RGB") reads right
 
 
@@ -486,10 +508,13 @@ def open_image(file: Path | io.BytesIO, path: Path, size: int | None = None) -> 
     """An image, decoded; a JPEG without the detail that a reduction to `size` would drop. BadInput names the path."""
     try:
         image = Image.open(file)
-        modes = [tile[3] if isinstance(tile[3], str) else str(tile[3] and tile[3][0]) for tile in image.tile]
-        if image.mode not in MODES or any(
-            ";16" in mode for mode in modes
-        ):  # Pillow would drop 8 of the bits in silence
+        named = Image.registered_extensions().get(path.suffix.lower(), image.format)
+        if image.format != named and image.format != "MPO":  # a camera's JPEG with a preview behind it
+            raise BadInput(f"{path}: holds {image.format}, its name says {named}; rename it")
+        if image.width * image.height > MAX_PIXELS:
+            raise BadInput(f"{path}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        stored = [tile[3] if isinstance(tile[3], str) else str(tile[3] and tile[3][0]) for tile in image.tile]
+        if image.mode not in MODES or any(";16" in mode for mode in stored):  # Pillow would cut 16 bits to 8 in silence
             raise BadInput(
                 f"{path}: mode {image.mode}, more than 8 bits a channel; "
                 "`python data.py own TABLE IMAGES DIR --range LOW HIGH` makes 8 bits of them"
@@ -514,19 +539,28 @@ def load_image(path: Path, size: int) -> np.ndarray:
 
 
 class Images(torch.utils.data.Dataset):
-    """Asked for rows [B], gives (uint8 [B, size, size, 3], rows), or a message when one of them cannot be read."""
+    """Asked for rows [B], gives (uint8 [B, size, size, 3], rows, {file name: why it cannot be read}).
 
-    def __init__(self, split: Split, size: int):
-        self.folder, self.names, self.size = split.folder, split.names, size
+    With `replace`, a row that cannot be read gives way to another, drawn by its number alone, so that every run on
+    these files sees the same; its own number then stands in `rows`. Without, the images are None.
+    """
 
-    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor] | str:
-        images = np.empty((len(rows), self.size, self.size, 3), np.uint8)
-        try:
-            for out, row in zip(images, rows.tolist()):
-                out[:] = load_image(self.folder / self.names[row], self.size)
-        except BadInput as error:  # an exception would arrive wrapped in the worker's traceback
-            return str(error)
-        return torch.from_numpy(images), rows
+    def __init__(self, split: Split, size: int, replace: bool):
+        self.folder, self.names, self.size, self.replace = split.folder, split.names, size, replace
+
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor | None, Tensor, dict[str, str]]:
+        images, rows, faults = np.empty((len(rows), self.size, self.size, 3), np.uint8), rows.clone(), {}
+        for i, wanted in enumerate(rows.tolist()):
+            for attempt in range(ATTEMPTS if self.replace else 1):
+                row = int(hashed(wanted, attempt) % np.uint64(len(self.names))) if attempt else wanted
+                try:
+                    images[i], rows[i] = load_image(self.folder / self.names[row], self.size), row
+                    break
+                except BadInput as error:  # passed on: an exception would arrive wrapped in the worker's traceback
+                    faults[self.names[row]] = str(error)
+            else:
+                return None, rows, faults
+        return torch.from_numpy(images), rows, faults
 
 
 class Order:
@@ -552,16 +586,29 @@ class Order:
             yield torch.from_numpy(permutation[first : first + local])
 
 
-def load(split: Split, size: int, order: Order | list[Tensor], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Decoded batches in the order given, prepared ahead by worker processes. BadInput names an unreadable image."""
-    pin = torch.cuda.is_available()
+def outlast_signals(worker: int) -> None:
+    """A scheduler and Ctrl-C signal the workers too, but the main process still needs them, to end well."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # a minute to live, whoever wants the end
+
+
+def load(
+    split: Split, size: int, order: Order | list[Tensor], workers: int, faults: dict[str, str] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Decoded batches in the order given, prepared ahead by worker processes, with their rows. An image that cannot
+    be read is a BadInput that names it; but given `faults`, it is noted there and another row takes its place."""
     loader = torch.utils.data.DataLoader(
-        Images(split, size), sampler=order, batch_size=None, num_workers=workers, pin_memory=pin
-    )
-    for batch in loader:
-        if isinstance(batch, str):
-            raise BadInput(batch)
-        yield batch
+        Images(split, size, faults is not None), sampler=order, batch_size=None, num_workers=workers,
+        pin_memory=torch.cuda.is_available(), worker_init_fn=outlast_signals,
+    )  # fmt: skip
+    for images, rows, found in loader:
+        if images is None:
+            others = f" (nor can {len(found) - 1} in its place)" if len(found) > 1 else ""
+            raise BadInput(next(iter(found.values())) + others)
+        if found:
+            faults |= found
+        yield images, rows
 
 
 def in_order(n: int, batch: int) -> list[Tensor]:
@@ -574,7 +621,7 @@ def channel_statistics(split: Split, size: int, workers: int, most: int = 10_000
     of a larger one, which settles three digits."""
     rows = torch.arange(0, len(split), max(1, len(split) // most))
     total, squares, pixels = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 0
-    for images, _ in load(split, size, list(rows.split(256)), workers):
+    for images, _ in load(split, size, list(rows.split(256)), workers, faults={}):
         flat = images.view(-1, 3).double() / 255
         total, squares, pixels = total + flat.sum(0), squares + flat.square().sum(0), pixels + len(flat)
     mean = total / pixels
@@ -1230,7 +1277,7 @@ class Fmow:
                 stem = STEM.fullmatch(name)
                 key = f"{stem[1]}/{stem[2]}" if stem else name
                 if key not in self.sidecars:
-                    yield Item(key, functools.partial(refuse, f"{name} in {archive}: no JSON of that name"))
+                    yield Item(key, functools.partial(unmatched, f"{name} in {archive}: no JSON of that name"))
                     continue
                 yield Item(key, functools.partial(self.image, key, self.sidecars[key], read))
 
@@ -1242,7 +1289,7 @@ class Fmow:
         meta = self.sidecar(stem) if meta is None else meta
         content = read() if read else (self.source / f"{stem}.jpg").read_bytes()
         ready = len(folders) == 3  # class/class_area/class_box: already cropped, one box
-        image = Image.open(io.BytesIO(content))
+        image = open_image(io.BytesIO(content), Path(f"{stem}.jpg"))
         columns, rows = (meta["img_width"], meta["img_height"]) if ready else image.size
         place = self.places.get("/".join([split, *folders[:2], name]))
         place = place_of(meta) if place is None else place
@@ -1306,7 +1353,7 @@ class Fmow:
         yield Sample("train" if row["split"] == "train" else "test", record, content)
 
 
-def refuse(problem: str) -> list[Sample]:
+def unmatched(problem: str) -> list[Sample]:
     raise BadInput(problem)
 
 

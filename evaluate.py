@@ -22,6 +22,7 @@ import json
 import pickle
 import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -71,15 +72,21 @@ class Pretrained:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """A checkpoint of train.py, nothing unpickled. BadInput when there is none or it is something else."""
+    """A checkpoint of train.py, whole, nothing unpickled. BadInput when there is none or it is something else."""
     if not path.is_file():
         raise BadInput(f"{path}: no such file; give the checkpoint.pt of a run folder")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.save writes a checksum of every part, torch.load checks none
+            damaged = archive.testzip()
+        if damaged:
+            raise BadInput(f"{path}: damaged (the checksum of {damaged} is wrong)")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except BadInput:
+        raise
     except pickle.UnpicklingError:
         raise BadInput(f"{path}: not a checkpoint of train.py (or one that holds code, which is never run)") from None
     except Exception as error:  # zip and pickle each raise their own for a torn or foreign file
-        raise BadInput(f"{path}: cannot be read as a checkpoint ({type(error).__name__})") from None
+        raise BadInput(f"{path}: torn, or not a checkpoint of train.py ({type(error).__name__})") from None
     needed = ("model", "model_config", "fields", "schema", "config", "step")
     missing = [key for key in needed if not isinstance(state, dict) or key not in state]
     if missing:

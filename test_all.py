@@ -8,6 +8,8 @@ In this order: helpers -> metadata -> model -> losses (alone, then on 1, 2 and 4
 
 import argparse
 import ast
+import contextlib
+import copy
 import csv
 import dataclasses
 import gzip
@@ -20,6 +22,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import resource
 import shlex
 import shutil
 import signal
@@ -135,6 +138,15 @@ def json_lines(path: Path) -> list[dict]:
 
 def checkpoint(folder: Path) -> dict:
     return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def same(a, b) -> bool:
+    """Bit by bit, all through."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -2013,7 +2025,7 @@ def test_every_method_overfits(method, encoder):
     sizes = dict(vocabulary=49408, context=77, numbers=9, categories=(), metadata_width=64)
     m = small_model(encoder, image_image=method != "satmip", **sizes).train()
     views = train.make_views(images_of(32, 32), torch.arange(32), 0, config, ([0.5] * 3, [0.25] * 3))
-    optimizer = torch.optim.AdamW(model.parameter_groups(m, 0.1), lr=0.0, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameter_groups(m, 0.1), lr=0.0, betas=(0.9, 0.98), fused=True)
     scaler, batch = torch.amp.GradScaler("cpu", enabled=False), read.batch(torch.arange(32), torch.device("cpu"))
     for step in range(120):
         for group in optimizer.param_groups:
@@ -2041,7 +2053,8 @@ def test_temperature():
     assert abs(m.logit_scale.exp() * 0.07 - 1) < 1e-6
     for before, after in ((9.0, math.log(100)), (-1.0, 0.0)):
         m.logit_scale.data.fill_(before)
-        train.train_step(m, torch.optim.SGD(m.parameters(), 1e-6), scaler, *small_batch(4), train.Config(), None)
+        optimizer = torch.optim.SGD(m.parameters(), 1e-6, fused=True)
+        train.train_step(m, optimizer, scaler, *small_batch(4), train.Config(), None)
         assert abs(m.logit_scale - after) < 1e-5
 
 
@@ -2052,13 +2065,196 @@ def test_a_torn_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError("disk full")
 
-    train.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 1})
-    with monkeypatch.context() as patch, pytest.raises(OSError):
+    path = tmp_path / "checkpoint.pt"
+    train.save_checkpoint(path, {"step": 1})
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="disk full.*intact"):
         patch.setattr(torch, "save", torn)
-        train.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 2})
-    assert checkpoint(tmp_path) == {"step": 1}
-    train.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 3})
-    assert checkpoint(tmp_path) == {"step": 3} and len(list(tmp_path.iterdir())) == 1
+        train.save_checkpoint(path, {"step": 2})
+    assert checkpoint(tmp_path) == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+    for step in (3, 4, 5):
+        train.save_checkpoint(path, {"step": step}, keep=2)
+    steps = {p.name: torch.load(p)["step"] for p in tmp_path.iterdir()}
+    names = ("checkpoint.pt", "checkpoint.previous.pt", "checkpoint.00000004.pt", "checkpoint.00000005.pt")
+    assert steps == dict(zip(names, (5, 4, 4, 5)))
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    """Neither weights, nor moments, nor BatchNorm's statistics; what is logged tells which term it was."""
+    m, scaler = small_model().train(), torch.amp.GradScaler("cpu", enabled=False)
+    optimizer = torch.optim.AdamW(m.parameters(), 1e-2, fused=True)
+    step = lambda weight: train.train_step(  # noqa: E731
+        m, optimizer, scaler, *small_batch(8), train.Config(loss_weight=weight), None
+    )
+    assert not step(1.0)["skipped"]
+    before = copy.deepcopy((m.state_dict(), optimizer.state_dict()))
+    logged = step(math.inf)
+    assert logged["skipped"] and not logged["loss"].isfinite() and logged["loss_metadata_image"].isfinite()
+    assert same((m.state_dict(), optimizer.state_dict()), before)
+    meter = train.Meter(torch.device("cpu"))
+    for figures in (step(1.0), logged, step(1.0)):
+        meter.add(figures, 0.0)
+    read = meter.read(torch.device("cpu"), 8)
+    assert read["skipped"] == 1 and 0 < read["loss"] < 10 and not same((m.state_dict(), optimizer.state_dict()), before)
+
+
+def test_too_many_skipped_steps_stop_the_run(dataset, tmp_path):
+    """Ten in a row; one line names the term; the log names the files."""
+    argv = [*TINY, "--data", dataset, "--output", tmp_path, "--epochs", 4, "--loss-weight", "inf", "--eval-every", 0]
+    assert regex.search("loss was not finite in 10 steps in a row.*base-lr", complaint(train.main, *argv))
+    skipped = [line for line in json_lines(tmp_path / "log.jsonl") if "not_finite" in line]
+    assert [(line["step"], len(line["files"])) for line in skipped] == [(step, 16) for step in range(1, 11)]
+
+
+def test_an_fp16_scale_that_collapses_stops_the_run(dataset, tmp_path):
+    """Gradients that overflow are how the scaler finds its scale; below 1 it has found none."""
+    config, split = train.Config(output=str(tmp_path)), data.read_split(dataset / "train", DEFAULT)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    watch = train.Watch(train.World(0, 1, torch.device("cpu")), config, split, scaler, [])
+    logged = {"loss": torch.tensor(1.0), "gradient": torch.tensor(math.inf)}
+    logged |= {"unreadable": torch.tensor(0.0), "stop": torch.tensor(0.0)}
+    for step in range(20):
+        assert not watch.look(step, logged, {})
+    scaler.update(0.5)
+    with pytest.raises(BadInput, match="fp16"):
+        watch.look()
+
+
+def test_unreadable_images_are_replaced(dataset, tmp_path):
+    """By the same rows in every run, which also give the metadata; counted, listed, and too many stop the run.
+    Scores replace nothing."""
+    folder = shutil.copytree(dataset, tmp_path / "data")
+    (folder / "train" / "04.png").write_bytes(b"")
+    os.truncate(folder / "train" / "06.jpg", 400)
+    split = data.read_split(folder / "train", DEFAULT)
+    results = []
+    for workers in (0, 2):
+        faults = {}
+        ((images, rows),) = data.load(split, 32, [torch.arange(2, 8)], workers, faults)
+        results.append((images, rows))
+        assert faults.keys() == {"04.png", "06.jpg"} and rows[2] != 4 and rows[4] != 6
+        for image, row in zip(images, rows.tolist()):
+            assert np.array_equal(image, data.load_image(folder / "train" / split.names[row], 32))
+    assert same(*results)
+    with pytest.raises(BadInput, match="04.png"):
+        list(data.load(split, 32, data.in_order(48, 16), 0))
+    argv = [*TINY, "--data", folder, "--output", tmp_path / "run", *RUNS["simclr"].split(), "--max-bad", 0.05]
+    assert regex.search("04.png|06.jpg", complaint(train.main, *argv)), "of the report, when all is trained and saved"
+    assert checkpoint(tmp_path / "run")["step"] == 6
+    listed = json_lines(tmp_path / "run" / "quarantine.jsonl")
+    assert {entry["file_name"] for entry in listed} == {"04.png", "06.jpg"}
+    assert all(entry["file_name"] in entry["reason"] for entry in listed)
+    assert [line["unreadable"] for line in json_lines(tmp_path / "run" / "log.jsonl")] == [2, 2]
+    said = complaint(train.main, *argv[:-1], 0.03, "--output", tmp_path / "other")
+    assert "2 of 48 training images" in said and "--max-bad 0.03" in said and "other/quarantine.jsonl" in said
+
+
+def bomb(path: Path) -> None:
+    """A PNG of some bytes that says it has 10 gigapixels."""
+    Image.new("1", (10, 10)).save(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = (100_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+REFUSED_IMAGES = {
+    "bomb.png": (bomb, "100000 x 100000 pixels"),
+    "empty.jpg": (Path.touch, "cannot be read as an image"),
+    "folder.jpg": (Path.mkdir, "cannot be read as an image"),
+    "really-a-png.jpg": (lambda path: Image.new("RGB", (9, 9)).save(path, "PNG"), "holds PNG, its name says JPEG"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_IMAGES)
+def test_refused_images(name, tmp_path):
+    make, message = REFUSED_IMAGES[name]
+    make(tmp_path / name)
+    with pytest.raises(BadInput, match=regex.escape(str(tmp_path / name)) + ".*" + message):
+        data.load_image(tmp_path / name, 32)
+
+
+REFUSED_LINES = {
+    b'{"file_name": "a.png", "gsd": NaN}': "NaN",
+    b'{"file_name": "a.png", "gsd": [1, -Infinity]}': "-Infinity",
+    b'{"file_name": "a.png", "gsd": 1, "gsd": 2}': "twice",
+    b'{"file_name": "a.png", "country_code": "\\ud800"}': "surrogates",
+    b'{"file_name": "a\xed\xa0\x80.png"}': "surrogates",
+    b'{"file_name": "a\xff.png"}': "decode",
+    b'{"file_name": "a.png", "more": ' + b"[" * 100_000 + b"]" * 100_000 + b"}": "recursion",
+    b'{"file_name": "a.png", "more": "' + b"x" * 2**20 + b'"}': "1,048,",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED_LINES, ids=REFUSED_LINES.values())
+def test_refused_lines(line):
+    with pytest.raises(BadInput, match="^here: .*" + REFUSED_LINES[line]):
+        data.read_record(line, "here")
+
+
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    """Some bytes changed, deleted, repeated, moved, or cut off."""
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        a, b = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+        b = min(b, a + rng.choice((1, 2, 10, 100)))
+        tokens = (b'"', b"}", b"[", b"null", b"1e999", b"-", b"\\u", b"\0", b"\n", bytes([rng.randrange(256)]))
+        token = rng.choice(tokens)
+        content = content[:a] + rng.choice((token, b"", content[a:b] * 2, token + content[a:b])) + content[b:]
+        if rng.random() < 0.05:
+            content = content[:a]
+        content = content or b" "
+    return content
+
+
+def test_mutated_metadata_is_read_right_or_refused(dataset, tokenizer):
+    """3000 lines: what is accepted is what a strict JSON parser reads, encodes to finite numbers or missing ones, and
+    to a caption."""
+    rng, lines, accepted = random.Random(0), (dataset / "train" / "metadata.jsonl").read_bytes().splitlines(), 0
+    for i in range(3000):
+        line = mutate(lines[i % 48], rng)
+        try:
+            record = data.read_record(line, "here")
+        except BadInput as error:
+            assert str(error).startswith("here: ") and "\n" not in str(error)
+            continue
+        accepted += 1
+        assert record == json.loads(line) and data.Strings([record["file_name"]])[0] == record["file_name"]
+        table = data.tabulate([record], ALL, captions=True)
+        assert not np.isinf(table.numbers).any() and len(tokenizer(table.captions)[0]) == 1
+    assert 200 < accepted < 2800
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of odd tags
+def test_mutated_images_are_read_or_refused(tmp_path):
+    """2000 files: pixels of the size asked for, or one line that names the file."""
+    rng, whole = random.Random(0), {}
+    for name, options in {"a.jpg": {}, "b.png": {}, "c.tif": {"compression": "tiff_lzw"}, "d.webp": {}}.items():
+        Image.fromarray(images_of(1, 40)[0].numpy()).save(tmp_path / name, **options)
+        whole[name] = (tmp_path / name).read_bytes()
+    accepted = 0
+    for name in list(whole) * 500:
+        (tmp_path / name).write_bytes(mutate(whole[name], rng))
+        try:
+            image = data.load_image(tmp_path / name, 32)
+        except BadInput as error:
+            assert str(tmp_path / name) in str(error) and "\n" not in str(error)
+            continue
+        accepted += 1
+        assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+    assert 100 < accepted < 1900
+
+
+def test_loading_does_not_grow(dataset):
+    """6400 samples by a worker: memory of both processes and open files stay where they were after the first 1600."""
+    split, sizes = data.read_split(dataset / "train", DEFAULT), []
+    order = data.Order(48, 16, 0, 400, 0, 0, 1)
+    for step, _ in enumerate(data.load(split, 32, order, 1)):
+        if step in (100, 399):
+            (worker,) = multiprocessing.active_children()
+            pids = (os.getpid(), worker.pid)
+            pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
+            sizes.append([*pages, len(os.listdir("/proc/self/fd"))])
+    assert all(after - before < 1024 for before, after in zip(*sizes)) and abs(sizes[1][2] - sizes[0][2]) < 8
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -2069,7 +2265,7 @@ def test_a_torn_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_a_run_leaves_its_results(run, name):
     """Checkpoint, a log line an epoch, scores of every kind of features, pictures; missing values and all."""
     has_metadata, has_views = name != "simclr", name != "satmip"
-    files = ["checkpoint.pt", "log.jsonl", "neighbours.png", "places.png", "results.jsonl"]
+    files = ["checkpoint.previous.pt", "checkpoint.pt", "log.jsonl", "neighbours.png", "places.png", "results.jsonl"]
     assert sorted(p.name for p in run(name).iterdir()) == [f for f in files if has_metadata or f != "places.png"]
     assert all(min(Image.open(picture).size) > 100 for picture in run(name).glob("*.png"))
     lines, results = json_lines(run(name) / "log.jsonl"), json_lines(run(name) / "results.jsonl")
@@ -2102,22 +2298,342 @@ def test_checkpoints_are_plain(run, dataset, name):
     assert state["schema"] == (dataclasses.asdict(schema) if name == "table" else None)
 
 
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(run, dataset, tmp_path, monkeypatch):
-    """Stopped after the first checkpoint and started again: the same weights and optimizer, bit by bit."""
-    argv = [*TINY, "--data", str(dataset), "--output", str(tmp_path), *RUNS["table"].split()]
-    save = train.save_checkpoint
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_checkpoint", lambda *args: [save(*args), signal.raise_signal(signal.SIGINT)])
-        train.main(argv)
-    assert checkpoint(tmp_path)["step"] == 3
+def outcome(folder: Path) -> tuple[dict, list[dict]]:
+    """What two runs have in common if they computed the same: checkpoint and log, without times and free options."""
+    state = checkpoint(folder)
+    for key in ("waited", "seconds"):
+        del state["epoch_so_far"][key]
+    state["config"] = {key: value for key, value in state["config"].items() if key not in train.FREE}
+    timings = {"images_per_second", "wait", "seconds", "memory"}
+    log = json_lines(folder / "log.jsonl")
+    return state, [{key: value for key, value in line.items() if key not in timings} for line in log]
+
+
+def stop_at(step: int, number: int):
+    """train_step, but it raises this signal in this step."""
+    count, original = itertools.count(), train.train_step
+
+    def replaced(*args, **more):
+        if next(count) == step:
+            signal.raise_signal(number)
+        return original(*args, **more)
+
+    return replaced
+
+
+@pytest.mark.parametrize("name, workers", [("simclr", 0), ("satmip", 2), ("satmips", 0), ("table", 2)])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(run, dataset, tmp_path, monkeypatch, capsys, name, workers):
+    """Killed in the middle of the first epoch, told to stop in the second: the same weights, optimizer and log, bit
+    by bit, and statuses that say what happened."""
+    argv = [*TINY, "--data", str(dataset), "--output", str(tmp_path), *RUNS[name].split(), "--save-every", "2"]
+    argv += ["--workers", str(workers)]
+    ends = ((2, signal.SIGINT, 130, 2), (0, signal.SIGTERM, 75, 4), (0, signal.SIGUSR1, 75, 6))
+    for step, number, status, saved in ends:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(train, "train_step", stop_at(step, number))
+            train.main(argv)
+        assert (stopped.value.code, checkpoint(tmp_path)["step"]) == (status, saved)
+        assert ("told to stop: saved after" if status == 75 else "interrupted") in capsys.readouterr().out
     train.main(argv)
-    ours, theirs = checkpoint(tmp_path), checkpoint(run("table"))
-    assert ours["step"] == theirs["step"] == 6
-    pairs = [(ours["model"], theirs["model"])]
-    pairs += [(ours["optimizer"]["state"][i], moments) for i, moments in theirs["optimizer"]["state"].items()]
-    assert len(pairs) > 50 and all(torch.equal(a[name], value) for a, b in pairs for name, value in b.items())
-    ours, theirs = (json_lines(folder / "log.jsonl")[-1] for folder in (tmp_path, run("table")))
-    assert ours["epoch"] == 2 and ours["loss"] == theirs["loss"]
+    assert all(map(same, outcome(tmp_path), outcome(run(name))))
+
+
+def damage(change):
+    return lambda path: path.write_bytes(change(bytearray(path.read_bytes())))
+
+
+def flip(content: bytearray) -> bytearray:
+    """One bit, in the middle of some tensor."""
+    content[len(content) // 2] ^= 4
+    return content
+
+
+DAMAGE = {  # what happened to checkpoint.pt: how, what the program says of it
+    "torn": (damage(lambda content: content[: len(content) // 2]), "torn, or not a checkpoint"),
+    "truncated": (damage(lambda content: content[:-1]), "torn, or not a checkpoint"),
+    "bit-flipped": (damage(flip), "damaged (the checksum"),
+    "empty": (damage(lambda content: b""), "torn, or not a checkpoint"),
+    "foreign": (damage(lambda content: b"hello"), "torn, or not a checkpoint"),
+    "foreign tensors": (lambda path: torch.save({"model": torch.ones(3)}, path), "it has no"),
+    "missing": (Path.unlink, "no such file"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, dataset, tmp_path, capsys, what):
+    """One line says so, the run ends as it would have, the damaged file stays; and nothing is trained anew when the
+    one before is gone, too."""
+    change, message = DAMAGE[what]
+    folder = shutil.copytree(run("simclr"), tmp_path / "run")
+    argv = [*TINY, "--data", str(dataset), "--output", str(folder), *RUNS["simclr"].split()]
+    change(folder / "checkpoint.pt")
+    train.main(argv)
+    assert message in capsys.readouterr().out and (folder / "checkpoint.damaged.pt").exists() == (what != "missing")
+    assert all(map(same, outcome(folder), outcome(run("simclr"))))
+    if what != "missing":
+        (folder / "checkpoint.previous.pt").unlink()
+        change(folder / "checkpoint.pt")
+        assert message in complaint(train.main, *argv)
+
+
+def test_no_flipped_bit_passes_for_weights(tmp_path):
+    """Anywhere in the file: it is refused, or of no consequence. (torch.load alone would take most of them.)"""
+    path, rng = tmp_path / "checkpoint.pt", random.Random(0)
+    state = dict.fromkeys(("model_config", "fields", "schema", "config", "step"), 1) | {"model": torch.randn(2000)}
+    train.save_checkpoint(path, state)
+    content, refused = path.read_bytes(), 0
+    for _ in range(500):
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            assert same(evaluate.read_checkpoint(path), state)
+        except BadInput:
+            refused += 1
+    assert refused > 400
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(run, dataset, tmp_path):
+    """And so does a folder that cannot be written; here the limit on a file's size plays the full disk."""
+    argv = [*TINY, "--data", dataset, "--output", tmp_path, *RUNS["simclr"].split(), "--save-every", 1]
+    shutil.copy(run("simclr") / "checkpoint.previous.pt", tmp_path / "checkpoint.pt")
+    before, (soft, hard) = (tmp_path / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        assert "checkpoint.pt: cannot be written" in complaint(train.main, *argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before and not list(tmp_path.glob("*.unfinished"))
+    (tmp_path / "file").touch()
+    assert "Not a directory" in complaint(train.main, *argv, "--output", tmp_path / "file" / "run")
+
+
+def real(argvs: list[list[str]], env: dict, fault) -> None:
+    """What a process of its own does: `fault` spoils something, then train.py runs once for each argv."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # workers are its own, as in a program started by hand
+    os.environ.update(env)
+    sys.stdout = sys.stderr = open(env["SAID"], "a")
+    torch.set_num_threads(1)
+    if fault:
+        fault()
+    for argv in argvs:
+        train.main(argv)
+
+
+def start(folder: Path, *argvs: list, world: int = 1, fault=None) -> list[multiprocessing.Process]:
+    """Training as `world` processes, forked from one that has imported everything; what rank r says is in said-r."""
+    multiprocessing.set_forkserver_preload(["test_all"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in map(str, range(world)):
+        env = {"SAID": str(folder / f"said-{rank}"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        if world > 1:
+            env |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        argvs = [list(map(str, argv)) for argv in argvs]
+        processes.append(multiprocessing.get_context("forkserver").Process(target=real, args=(argvs, env, fault)))
+        processes[-1].start()
+    return processes
+
+
+def codes(processes: list, timeout: float = 120) -> list[int]:
+    """Exit codes, negative for signals."""
+    for process in processes:
+        process.join(timeout)
+    hung = [process for process in processes if process.is_alive()]
+    for process in hung:
+        process.kill()
+    assert not hung
+    return [process.exitcode for process in processes]
+
+
+class DieWhileSaving:
+    """SIGKILL in the n-th of the calls that write a file: before the flush, before either renaming, after."""
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def __call__(self) -> None:
+        for owner, name in ((os, "fsync"), (Path, "replace")):
+            setattr(owner, name, self.counted(getattr(owner, name)))
+
+    def counted(self, original):
+        def replaced(*args):
+            self.n -= 1
+            if self.n < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args)
+
+        return replaced
+
+
+def test_killed_again_and_again(run, dataset, tmp_path):
+    """SIGKILL at random moments and in the middle of saves: what is there in the end is what an undisturbed run
+    leaves, log and scores included, and there is never half a line. KILLS=20 is the long form."""
+    rng, kills, undisturbed = random.Random(0), 0, run("table")
+    argv = [*TINY, "--data", dataset, "--output", tmp_path / "run", *RUNS["table"].split(), "--save-every", 1]
+    while kills < int(os.environ.get("KILLS", "3")):
+        while_saving = kills % 2 == 0
+        (process,) = start(tmp_path, argv, fault=DieWhileSaving(rng.randrange(20)) if while_saving else None)
+        process.join(120 if while_saving else rng.uniform(0.2, 3))
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            kills += 1
+        else:  # it was done before
+            assert process.exitcode == 0 and all(map(same, outcome(tmp_path / "run"), outcome(undisturbed)))
+            shutil.rmtree(tmp_path / "run")
+        for log in tmp_path.glob("run/log.jsonl"):
+            json_lines(log)
+    assert codes(start(tmp_path, argv)) == [0]
+    assert all(map(same, outcome(tmp_path / "run"), outcome(undisturbed)))
+    assert json_lines(tmp_path / "run" / "results.jsonl") == json_lines(undisturbed / "results.jsonl")
+
+
+def sleep_in_step_two() -> None:
+    count, original = itertools.count(), train.train_step
+
+    def replaced(*args, **more):
+        if next(count) == 2:
+            print("asleep", flush=True)
+            time.sleep(60)
+        return original(*args, **more)
+
+    train.train_step = replaced
+
+
+def parent(stat: Path) -> int | None:
+    """Of a process, by its /proc/PID/stat; None if it has ended meanwhile."""
+    with contextlib.suppress(OSError):
+        return int(stat.read_text().rsplit(")", 1)[1].split()[1])
+
+
+def test_signals_to_a_real_process(dataset, tmp_path):
+    """Two SIGTERM: at once, without saving. Ctrl-C: no worker stays. A killed worker: one line. The second is sent
+    to the whole session, as a terminal does."""
+    argv = [*TINY, "--data", dataset, "--output", tmp_path / "run", *RUNS["simclr"].split(), "--workers", 2, "--epochs", 9]
+    for case, code in {"twice": 143, "interrupt": 130, "worker": 1}.items():
+        (process,) = start(tmp_path, argv, fault=sleep_in_step_two)
+        said = tmp_path / "said-0"
+        while not (said.exists() and "asleep" in said.read_text()):
+            assert process.is_alive() and time.sleep(0.05) is None
+        workers = [stat.parent.name for stat in Path("/proc").glob("[0-9]*/stat") if parent(stat) == process.pid]
+        assert len(workers) == 2
+        if case == "twice":
+            os.kill(process.pid, signal.SIGTERM)
+            time.sleep(1.2)
+            os.kill(process.pid, signal.SIGTERM)
+        elif case == "interrupt":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            os.kill(int(workers[0]), signal.SIGKILL)
+        assert codes([process], 10) == [code], said.read_text()
+        if case != "twice":  # these see by themselves that they are alone, within 5 seconds
+            assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+            assert ("interrupted" if case == "interrupt" else "error: a worker was killed") in said.read_text()
+        assert "Traceback" not in said.read_text() and not (tmp_path / "run" / "checkpoint.pt").exists()
+        said.unlink()
+
+
+class InStep:
+    """In this step, this rank does something to itself; once only, if there is a marker to leave."""
+
+    def __init__(self, step: int, rank: str, what: str, marker: Path | None = None):
+        self.step, self.rank, self.what, self.marker = step, rank, what, marker
+
+    def __call__(self) -> None:
+        count, original = itertools.count(), train.compute_losses
+
+        def replaced(*args):
+            loss, logged = original(*args)
+            if next(count) == self.step and os.environ["RANK"] == self.rank:
+                if self.what == "die" and not (self.marker and self.marker.exists()):
+                    if self.marker:
+                        self.marker.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if self.what == "terminate":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                if self.what == "nan":
+                    return loss * nan, logged | {"loss": loss * nan}
+            return loss, logged
+
+        train.compute_losses = replaced
+
+
+def test_two_processes_act_as_one(run, dataset, tmp_path):
+    """One killed: the other ends. One told to stop: both do, after the same step. One meets a NaN: neither takes the
+    step. And started again, on as many or on another number: the same bits, or the same data."""
+    argv = [*TINY, "--data", dataset, *RUNS["table"].split(), "--save-every", 1, "--output"]
+    assert codes(start(tmp_path, [*argv, tmp_path / "whole"], world=2)) == [0, 0]
+    stopped = codes(start(tmp_path, [*argv, tmp_path / "run"], world=2, fault=InStep(3, "1", "die")), 60)
+    assert stopped[1] == -signal.SIGKILL and stopped[0] > 0 and 1 <= checkpoint(tmp_path / "run")["step"] <= 4
+    stop = start(tmp_path, [*argv, tmp_path / "run"], world=2, fault=InStep(0, "1", "terminate"))
+    assert codes(stop) == [75, 75] and "told to stop" in (tmp_path / "said-0").read_text()
+    alone = shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    assert codes(start(tmp_path, [*argv, tmp_path / "run"], world=2)) == [0, 0]
+    assert all(map(same, outcome(tmp_path / "run"), outcome(tmp_path / "whole")))
+    assert codes(start(tmp_path, [*argv, alone], [*argv, tmp_path / "one"])) == [0]
+    assert "on 1 processes, before on 2: same data" in (tmp_path / "said-0").read_text()
+    for ours, theirs in zip(json_lines(alone / "log.jsonl"), json_lines(tmp_path / "one" / "log.jsonl"), strict=True):
+        assert abs(ours["loss"] - theirs["loss"]) < 1e-3
+    assert codes(start(tmp_path, [*argv, tmp_path / "nan"], world=2, fault=InStep(4, "1", "nan"))) == [0, 0]
+    skip, *epochs = json_lines(tmp_path / "nan" / "log.jsonl")[1:]
+    rows = next(iter(data.Order(48, 16, 4, 5, 0, 0, 1))).tolist()
+    names = [record["file_name"] for record in json_lines(dataset / "train" / "metadata.jsonl")]
+    assert skip == {"step": 5, "not_finite": ["loss", "gradient"], "files": [names[row] for row in rows]}
+    assert [line["skipped"] for line in epochs] == [1]
+    assert all(value.isfinite().all() for value in checkpoint(tmp_path / "nan")["model"].values())
+
+
+def test_torchrun_restarts(run, dataset, tmp_path):
+    """A rank that is killed once: --max-restarts picks up from the last checkpoint."""
+    (tmp_path / "program.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport test_all, train\nfrom pathlib import Path\n"
+        "test_all.InStep(4, '1', 'die', Path('died'))()\ntrain.main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
+    argv = [*TINY, "--data", str(dataset), *RUNS["simclr"].split(), "--save-every", "1", "--output", "run"]
+    done = subprocess.run([*command, "program.py", *argv], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and (tmp_path / "died").exists(), done.stderr
+    assert "resumed run/checkpoint.pt after step" in done.stdout
+    for ours, theirs in zip(*(json_lines(f / "log.jsonl") for f in (tmp_path / "run", run("simclr"))), strict=True):
+        assert abs(ours["loss"] - theirs["loss"]) < 1e-4
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_have_one_loss_curve(world, tmp_path):
+    """Every method, the same global batch, 20 steps: the losses of one process within 1e-4."""
+    multiprocessing.set_forkserver_preload(["test_all"])
+    mp.start_processes(write_curves, (world, str(tmp_path)), nprocs=world, start_method="forkserver")
+    for (method, encoder), curve in json.loads((tmp_path / "curves").read_text()):
+        alone = loss_curve(0, 1, method, encoder)
+        assert len(alone) == 20 and alone[0] - alone[-1] > 0.1 and worst(curve, alone) < 1e-4, (method, encoder)
+
+
+def loss_curve(rank: int, world: int, method: str, encoder: str) -> list[float]:
+    """train_step on this process's rows of a batch of 8, 20 times, with DistributedDataParallel where it is asked."""
+    config, rows = train.Config(method=method), slice(rank * 8 // world, (rank + 1) * 8 // world)
+    m = small_model(encoder, method != "satmip", vocabulary=20, context=6).train()
+    network = torch.nn.parallel.DistributedDataParallel(m, broadcast_buffers=False) if dist.is_initialized() else m
+    optimizer = torch.optim.AdamW(m.parameters(), 3e-4, fused=True)
+    views, meta = small_batch(8, 1 if method == "satmip" else 2)
+    if encoder == "text":
+        meta = torch.arange(48).view(8, 6) % 19, torch.tensor([6, 5] * 4)
+    meta, scaler = [array[rows] for array in meta], torch.amp.GradScaler("cpu", enabled=False)
+    step = lambda: train.train_step(network, optimizer, scaler, views[:, rows], meta, config, None)  # noqa: E731
+    return [step()["loss"].item() for _ in range(20)]
+
+
+def write_curves(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    curves = [((method, encoder), loss_curve(rank, world, method, encoder)) for method, encoder in METHODS]
+    if rank == 0:
+        Path(folder, "curves").write_text(json.dumps(curves))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ["simclr", "satmips"])
@@ -2463,7 +2979,8 @@ def test_files_and_imports(name):
 
 def test_every_option_is_used():
     """Each field of Config is read as config.<name> outside the parser."""
-    functions = [n for n in source("train").body if isinstance(n, ast.FunctionDef) and n.name != "parse_config"]
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    functions = [n for n in source("train").body if isinstance(n, kinds) and n.name != "parse_config"]
     nodes = [n for f in functions for n in ast.walk(f) if isinstance(n, ast.Attribute)]
     used = {n.attr for n in nodes if isinstance(n.value, ast.Name) and n.value.id == "config"}
     assert {f.name for f in dataclasses.fields(train.Config)} - used == set()

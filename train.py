@@ -3,17 +3,21 @@
     python train.py --method satmips                                  # embedded data, 2 CPU cores, some minutes
     torchrun --nproc_per_node=4 train.py --method satmips --data DIR  # the paper's settings, 4 GPUs
 
-In this order: options and presets -> processes -> learning rate -> checkpoint -> one step -> report -> main. Without
---data the embedded data are prepared and the demo preset is the default; with --data the defaults are the paper's.
+In this order: options and presets -> processes -> learning rate -> files of a run -> one step -> its figures ->
+what goes wrong -> report -> main. Without --data the embedded data are prepared and the demo preset is the default;
+with --data the defaults are the paper's. Exit status: 0 done; 1 an error, said in one line; 75 told to stop, saved.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import platform
+import signal
 import sys
 import time
 import warnings
@@ -93,6 +97,9 @@ class Config:
     workers: int = option(8, "image-decoding workers a process")
     eval_every: int = option(25, "epochs between kNN scores on the test split; 0: never before the end")
     log_every: int = option(50, "steps between lines")
+    save_every: int = option(0, "steps between checkpoints within an epoch; 0: at its end only")
+    keep: int = option(0, "newest checkpoints also kept under their step's number")
+    max_bad: float = option(0.01, "share of the training images that may be unreadable before the run stops")
     seed: int = option(0, "of weights, data order and augmentation")
 
 
@@ -107,6 +114,7 @@ DEMO = {
 
 
 MAY_BE_ZERO = {"weight_decay", "warmup_epochs", "loss_weight", "workers", "eval_every", "seed"}
+MAY_BE_ZERO |= {"save_every", "keep", "max_bad"}
 
 
 def parse_config(argv: list[str] | None) -> tuple[Config, str]:
@@ -174,26 +182,40 @@ class World:
             print(text, flush=True)
 
     def first(self, work):
-        """Rank 0 does the work, everyone gets what it returns; its BadInput is raised everywhere."""
+        """Rank 0 does the work, everyone gets what it returns; its error is raised everywhere."""
         result = None
         if self.rank == 0:
             try:
                 result = work()
-            except BadInput as error:
+            except (BadInput, OSError) as error:
                 result = error
         if self.size > 1:
             box = [result]
             dist.broadcast_object_list(box)
             result = box[0]
-        if isinstance(result, BadInput):
+        if isinstance(result, (BadInput, OSError)):
             raise result
         return result
 
-    def mean(self, values: Tensor) -> list[float]:
-        """Mean over processes."""
+    def part(self) -> None:
+        """Nobody closes its connections while another still reads from them."""
         if self.size > 1:
-            dist.all_reduce(values)
-        return (values / self.size).tolist()
+            dist.barrier()
+
+    def gather(self, value) -> list:
+        """Each process's value, on all."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+
+def mean(values: Tensor) -> Tensor:
+    """Mean over processes."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values = values / dist.get_world_size()
+    return values
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -211,32 +233,93 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
 
 
 # -----------------------------------------------------------------------------------------------------
-# Checkpoint: plain types and tensors only, so that it loads with weights_only=True
+# Files of a run: a kill at any moment leaves each of them whole. A checkpoint is plain types and tensors only, so
+# that it loads with weights_only=True
 
-FREE = {"data", "output", "workers", "eval_every", "log_every"}  # options that a resumed run may change
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Written beside the old one, flushed to disk, then put in its place: a kill leaves one or the other, whole."""
-    unfinished = path.with_suffix(".unfinished")
-    with open(unfinished, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+# Options that a resumed run may change
+FREE = {"data", "output", "workers", "eval_every", "log_every", "save_every", "keep", "max_bad"}
 
 
-def restore(path: Path, config: Config, model: SatMIP, optimizer, scaler: torch.amp.GradScaler) -> int:
-    """Put a checkpoint back -> the step it was saved after. BadInput when it belongs to another configuration."""
+def write_whole(path: Path, write, previous: Path | None = None) -> None:
+    """`write(file)` beside the old file, flush to disk, then put in its place; the old one may stay as `previous`."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            path.replace(previous)
+        unfinished.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the names, too
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's for any trouble, with the cause behind it
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise BadInput(f"{path}: cannot be written ({error.__context__ or error}); the last one is intact") from None
+
+
+def write_lines(path: Path, entries: list[dict]) -> None:
+    write_whole(path, lambda file: file.writelines(json.dumps(entry).encode() + b"\n" for entry in entries))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """None if there is no file, and none after a line that is not whole."""
+    entries = []
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        entries.extend(map(json.loads, path.read_text().splitlines()))
+    return entries
+
+
+def beside(path: Path, what: str) -> Path:
+    """checkpoint.pt, "previous" -> checkpoint.previous.pt"""
+    return path.with_suffix(f".{what}.pt")
+
+
+def save_checkpoint(path: Path, state: dict, keep: int = 0) -> None:
+    """The one before stays beside it; with `keep`, so do that many of the newest, by their step."""
+    write_whole(path, lambda file: torch.save(state, file), beside(path, "previous"))
+    if keep:
+        numbered = beside(path, f"{state['step']:08d}")
+        numbered.unlink(missing_ok=True)
+        os.link(path, numbered)  # a second name for the same file
+        for old in sorted(path.parent.glob("checkpoint." + "[0-9]" * 8 + ".pt"))[:-keep]:
+            old.unlink()
+
+
+def find_checkpoint(path: Path) -> bool:
+    """Whether there is one. If `path` is damaged, or missing because of a kill, the one before takes its place."""
+    previous = beside(path, "previous")
+    try:
+        evaluate.read_checkpoint(path)
+    except BadInput as error:
+        if not previous.exists():
+            if path.exists():
+                raise
+            return False
+        evaluate.read_checkpoint(previous)
+        if path.exists():
+            path.replace(beside(path, "damaged"))  # kept: it may be somebody else's file
+        previous.replace(path)
+        print(f"{error}; the checkpoint before it is used", flush=True)
+    return True
+
+
+def restore(path: Path, config: Config, model: SatMIP, optimizer, scaler: torch.amp.GradScaler) -> dict:
+    """Put a checkpoint back -> all that it holds. BadInput when it belongs to another configuration."""
     state = evaluate.read_checkpoint(path)
     for name, value in asdict(config).items():
         if name not in FREE and state["config"].get(name) != value:
             flag, old = "--" + name.replace("_", "-"), state["config"].get(name)
             raise BadInput(f"{path}: made with {flag} {old}, not {value}; choose another --output")
+    for name in ("optimizer", "scaler", "epoch_so_far", "processes"):
+        if name not in state:
+            raise BadInput(f"{path}: cannot be resumed, it has no {name!r}; choose another --output")
     evaluate.load_weights(model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
-    return state["step"]
+    return state
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -268,49 +351,76 @@ def compute_losses(embeddings, config: Config) -> tuple[Tensor, dict[str, Tensor
 
 
 def train_step(
-    network, optimizer, scaler, views: Tensor, metadata, config: Config, amp: torch.dtype | None
+    network, optimizer, scaler, views: Tensor, metadata, config: Config, amp: torch.dtype | None, **also: float
 ) -> dict[str, Tensor]:
-    """One forward of all views and the metadata, the losses in float32, one optimizer step -> what to log."""
+    """One forward of all views and the metadata, the losses in float32, one optimizer step -> what to log of it and
+    `also`, as means over all processes.
+
+    If one of these figures is not finite, in any process, then none takes the step. They share one all-reduce, and
+    the device decides by itself: AdamW(fused=True) leaves weights and moments alone where found_inf is 1.
+    """
+    model = network.module if isinstance(network, DistributedDataParallel) else network
+    before = [buffer.clone() for buffer in model.buffers()]  # BatchNorm's statistics
     with torch.autocast(views.device.type, amp, enabled=amp is not None):
         embeddings = network(views, metadata)
     loss, logged = compute_losses(embeddings, config)
+    if embeddings.scale is not None:
+        logged["temperature"] = 1 / embeddings.scale
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    logged["gradient"] = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    logged |= {name: torch.full((), float(value), device=views.device) for name, value in also.items()}
+    means = mean(torch.stack([value.detach().float() for value in logged.values()]))
+    skipped = ~means.isfinite().all()
+    optimizer.found_inf = skipped.float()
     scaler.step(optimizer)
     scaler.update()
-    if embeddings.scale is not None:
-        model = network.module if isinstance(network, DistributedDataParallel) else network
-        with torch.no_grad():
+    with torch.no_grad():
+        for buffer, old in zip(model.buffers(), before):
+            buffer.copy_(torch.where(skipped, old, buffer))
+        if embeddings.scale is not None:
             model.logit_scale.clamp_(0, losses.MAX_SCALE)
-        logged["temperature"] = 1 / embeddings.scale
-    return {name: value.detach() for name, value in logged.items()}
+    return dict(zip(logged, means)) | {"skipped": skipped.float()}
 
 
 # -----------------------------------------------------------------------------------------------------
 # Figures of a stretch of steps
 
+COUNTS = ("skipped", "unreadable")  # these are summed; of all others, the mean over the steps not skipped is told
+
 
 class Meter:
     """Sums what steps log, without waiting for the device until it is read."""
 
-    def __init__(self):
-        self.sums, self.steps, self.waited, self.began = {}, 0, 0.0, time.perf_counter()
+    def __init__(self, device: torch.device, state: dict | None = None):
+        """state: of a meter in a checkpoint, to go on from"""
+        state = state or {"sums": {}, "steps": 0, "waited": 0.0, "seconds": 0.0}
+        self.sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
+        self.steps, self.waited, self.began = state["steps"], state["waited"], time.perf_counter() - state["seconds"]
 
     def add(self, logged: dict[str, Tensor], waited: float) -> None:
         """waited: seconds that this step waited for its images."""
-        self.sums = {name: value.float() + self.sums.get(name, 0) for name, value in logged.items()}
+        for name, value in logged.items():
+            if name not in COUNTS:
+                value = torch.where(logged["skipped"] > 0, 0, value)
+            self.sums[name] = value + self.sums.get(name, 0)
         self.steps, self.waited = self.steps + 1, self.waited + waited
 
-    def read(self, world: World, batch_size: int) -> dict[str, float]:
-        """Means over steps and processes, speed, share of the time spent waiting for images, memory in bytes."""
-        means = dict(zip(self.sums, world.mean(torch.stack(list(self.sums.values())) / self.steps)))
-        if not math.isfinite(means["loss"]):
-            bad = next(name for name, value in means.items() if not math.isfinite(value))
-            raise BadInput(f"{bad} became {means[bad]} within the last {self.steps} steps; try a lower --base-lr")
+    def state(self) -> dict:
+        """float32 as Python's floats and back is exact."""
+        sums = torch.stack(list(self.sums.values())).tolist() if self.sums else []
         seconds = time.perf_counter() - self.began
-        peak = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else resident_memory()
+        return {"sums": dict(zip(self.sums, sums)), "steps": self.steps, "waited": self.waited, "seconds": seconds}
+
+    def read(self, device: torch.device, batch_size: int) -> dict[str, float]:
+        """Means over steps, counts, speed, share of the time spent waiting for images, memory in bytes."""
+        state = self.state()
+        sums, seconds, taken = state["sums"], state["seconds"], max(1, self.steps - state["sums"]["skipped"])
+        figures = {name: value if name in COUNTS else value / taken for name, value in sums.items()}
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_memory()
         speed = {"images_per_second": self.steps * batch_size / seconds, "wait": self.waited / seconds}
-        return means | speed | {"seconds": seconds, "memory": peak}
+        return figures | speed | {"seconds": seconds, "memory": peak}
 
 
 def resident_memory() -> int:
@@ -322,12 +432,108 @@ def resident_memory() -> int:
 
 def describe(figures: dict[str, float]) -> str:
     """Figures as one readable stretch of a line."""
-    known = {"images_per_second", "wait", "seconds", "memory"}
+    known = {"images_per_second", "wait", "seconds", "memory", *COUNTS}
     terms = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items() if name not in known]
+    terms += [f"{name} {figures[name]:.0f}" for name in COUNTS if figures[name]]
     return (
         "  ".join(terms) + f"  {figures['images_per_second']:.0f} images/s  wait {figures['wait']:.1%}"
         f"  {figures['memory'] / 2**30:.1f} GiB"
     )
+
+
+# -----------------------------------------------------------------------------------------------------
+# What goes wrong while it runs
+
+REQUEUE = 75  # exit status after SIGTERM or SIGUSR1: EX_TEMPFAIL, "try again later"
+MOST_SKIPPED = 10  # steps in a row
+
+
+class Signals:
+    """SIGTERM and SIGUSR1 (Slurm's --signal) ask for an end after this step; a second one ends at once."""
+
+    def __init__(self):
+        self.since = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame) -> None:
+        if self.since is None:
+            self.since = time.monotonic()
+        elif time.monotonic() - self.since > 1:  # within a second it is the same one again, passed on by torchrun
+            os._exit(128 + number)
+
+    @staticmethod
+    def reset() -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+
+
+class Watch:
+    """Looks at every step, one step late: its figures are then on the host, and the device need not be waited for.
+
+    They are means over all processes, so that all see the same, and stop, or go on, together.
+    """
+
+    def __init__(self, world: World, config: Config, split: data.Split, scaler: torch.amp.GradScaler, log: list[dict]):
+        self.world, self.config, self.split, self.scaler, self.log = world, config, split, scaler, log
+        self.run, self.last, self.skipped, self.unreadable = Path(config.output), None, 0, {}
+
+    def look(self, step: int | None = None, logged: dict | None = None, faults: dict | None = None) -> bool:
+        """Judge the step before and keep this one for later (none: before a checkpoint) -> whether to stop."""
+        last, self.last = self.last, None
+        if step is not None:
+            figures = torch.stack(list(logged.values())).to("cpu", non_blocking=True)
+            arrived = torch.cuda.current_stream().record_event() if self.world.device.type == "cuda" else None
+            self.last = step, list(logged), figures, arrived, faults
+        return last is not None and self.judge(*last)
+
+    def judge(self, step: int, names: list[str], figures: Tensor, arrived, faults: dict[str, str]) -> bool:
+        if arrived:
+            arrived.synchronize()
+        figures = dict(zip(names, figures.tolist()))
+        if figures["unreadable"]:
+            self.quarantine(faults)
+        broken = [name for name, value in figures.items() if not math.isfinite(value)]
+        if broken == ["gradient"] and self.scaler.is_enabled():  # how the scaler finds its scale, by halving
+            broken = []
+            if self.scaler.get_scale() < 1:
+                raise BadInput("fp16 gradients overflow at any scale; try --amp bf16, or a lower --base-lr")
+        self.skipped = self.skipped + 1 if broken else 0
+        if broken:
+            self.world.first(lambda: self.note_skipped(step, broken))
+        if self.skipped == MOST_SKIPPED:
+            raise BadInput(
+                f"{broken[0]} was not finite in {self.skipped} steps in a row, the last of them {step + 1}; "
+                f"{self.run / 'log.jsonl'} names their files; try a lower --base-lr"
+            )
+        return figures["stop"] > 0
+
+    def note_skipped(self, step: int, broken: list[str]) -> None:
+        config, n = self.config, len(self.split)
+        rows = next(iter(data.Order(n, config.batch_size, step, step + 1, config.seed, 0, 1)))  # of all processes
+        files = [self.split.names[row] for row in rows.tolist()]
+        self.log.append({"step": step + 1, "not_finite": broken, "files": files})
+        write_lines(self.run / "log.jsonl", self.log)
+        print(f"step {step + 1} skipped, not finite: {', '.join(broken)}; log.jsonl names its files", flush=True)
+
+    def quarantine(self, faults: dict[str, str]) -> None:
+        known, path = len(self.unreadable), self.run / "quarantine.jsonl"
+        for found in self.world.gather(faults):
+            self.unreadable |= found
+
+        def note() -> None:  # beside what an earlier part of this run has met
+            old = {entry["file_name"]: entry["reason"] for entry in read_lines(path)}
+            listed = (old | self.unreadable).items()
+            write_lines(path, [{"file_name": name, "reason": reason} for name, reason in listed])
+
+        if len(self.unreadable) > known:
+            self.world.first(note)
+        config = self.config
+        if len(self.unreadable) > config.max_bad * len(self.split):
+            raise BadInput(
+                f"{len(self.unreadable)} of {len(self.split):,} training images cannot be read, more than --max-bad "
+                f"{config.max_bad:g}; {path} lists them; one is {next(iter(self.unreadable.values()))}"
+            )
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -370,7 +576,18 @@ def main(argv: list[str] | None = None) -> None:
         train(*parse_config(argv))
     except (BadInput, WrongWeights, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; start again to resume from the last checkpoint")
+        sys.exit(128 + signal.SIGINT)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"error: a worker was killed, perhaps for want of memory; try fewer --workers ({error})")
     finally:
+        Signals.reset()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would complain of what comes now:
+        for worker in multiprocessing.active_children():  # left only when something went wrong
+            worker.kill()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -436,10 +653,12 @@ def train(config: Config, preset: str) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
     # --- resume ---
-    path, start = Path(config.output) / "checkpoint.pt", 0
+    path, saved, start = Path(config.output) / "checkpoint.pt", {}, 0
     world.first(lambda: path.parent.mkdir(parents=True, exist_ok=True))
-    if world.first(path.exists):
-        start = restore(path, config, model, optimizer, scaler)
+    if world.first(lambda: find_checkpoint(path)):
+        saved = restore(path, config, model, optimizer, scaler)
+        start = saved["step"]
+    log = [entry for entry in read_lines(path.with_name("log.jsonl")) if entry["step"] <= start]
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.14's new name for it is unknown to 2.11
     network = DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
 
@@ -457,22 +676,63 @@ def train(config: Config, preset: str) -> None:
     )
     if start:
         world.print(f"resumed {path} after step {start:,} of {steps:,}")
+    if start and saved["processes"] != world.size:
+        world.print(f"on {world.size} processes, before on {saved['processes']}: same data, but not the same last bits")
+
+    # --- what is saved, and what ends an epoch ---
+    labels = evaluate.label_names(splits)
+    trained = evaluate.Pretrained(model, fields, schema, device)
+    whole = Meter(device, saved.get("epoch_so_far"))
 
     def state(step: int) -> dict:
-        """All that a checkpoint holds. No random state: randomness is a function of seed, epoch, row and view."""
+        """All that the next step depends on. No random state: randomness is a function of seed, epoch, row and view."""
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
         return {
             "model": model.state_dict(), "model_config": asdict(model_config), "config": options,
             "fields": [asdict(field) for field in fields], "schema": asdict(schema) if encoder == "table" else schema,
             "channel_mean": statistics[0], "channel_std": statistics[1], "step": step,
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "versions": versions,
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "epoch_so_far": whole.state(),
+            "processes": world.size, "versions": versions,
         }  # fmt: skip
 
+    def save(step: int) -> None:
+        world.first(lambda: save_checkpoint(path, state(step), config.keep))
+
+    def monitored(epoch: int) -> bool:
+        return bool(config.eval_every and epoch % config.eval_every == 0 and labels)
+
+    def log_epoch(step: int) -> None:
+        epoch = step // per_epoch
+        rate = learning_rate(config, step - 1, per_epoch)
+        entry = {"epoch": epoch, "step": step, "lr": rate, **whole.read(device, config.batch_size)}
+        if monitored(epoch):
+            size, workers = config.image_size, config.workers
+            try:
+                pair = [evaluate.extract(trained, s, statistics, "image", size, workers)["image"] for s in splits]
+                scores = evaluate.score_all({"image": tuple(pair)}, splits, labels[:1], ["knn"])
+                entry[f"knn_{labels[0]}"] = {str(r["k"]): r["accuracy"] for r in scores}
+                shown = ", ".join(f"{100 * r['accuracy']:.1f} (k={r['k']})" for r in scores)
+                world.print(f"kNN accuracy on {labels[0]}: {shown}")
+            except BadInput as error:  # scores are of what is there, or none; training need not end for it
+                world.print(f"not scored: {error}")
+            model.train()
+        log[:] = [old for old in log if old.get("epoch") != epoch] + [entry]
+        write_lines(path.with_name("log.jsonl"), log)
+
+    def end_epoch(step: int) -> None:
+        """The log first: an entry without its checkpoint is dropped at the next start, and made anew."""
+        nonlocal whole
+        world.first(lambda: log_epoch(step))
+        whole = Meter(device)
+        save(step)
+
     # --- train ---
-    order = data.Order(len(splits[0]), config.batch_size, start, steps, config.seed, world.rank, world.size)
-    batches = data.load(splits[0], config.image_size, order, config.workers)
-    trained = evaluate.Pretrained(model, fields, schema, device)
-    began, line, whole = time.perf_counter(), Meter(), Meter()
+    if whole.steps == per_epoch:  # stopped between an epoch's last step and its end
+        end_epoch(start)
+    order, faults = data.Order(len(splits[0]), config.batch_size, start, steps, config.seed, world.rank, world.size), {}
+    batches = data.load(splits[0], config.image_size, order, config.workers, faults)
+    watch, signals = Watch(world, config, splits[0], scaler, log), Signals()
+    began, line = time.perf_counter(), Meter(device)
     for step in range(start, steps):
         epoch, asked = step // per_epoch, time.perf_counter()
         images, rows = next(batches)
@@ -481,44 +741,43 @@ def train(config: Config, preset: str) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         views = make_views(images.to(device, non_blocking=True), rows, epoch, config, statistics)
-        logged = train_step(network, optimizer, scaler, views, metadata.batch(rows, device), config, amp)
+        logged = train_step(
+            network, optimizer, scaler, views, metadata.batch(rows, device), config, amp,
+            unreadable=len(faults) * world.size, stop=signals.since is not None,
+        )  # fmt: skip
+        stop = watch.look(step, logged, dict(faults))
+        faults.clear()
+        del logged["stop"]
         line.add(logged, waited)
         whole.add(logged, waited)
 
         epoch_ends = (step + 1) % per_epoch == 0
         if line.steps == config.log_every or epoch_ends:
-            figures = line.read(world, config.batch_size)
+            figures = line.read(device, config.batch_size)
             left = timedelta(seconds=round((time.perf_counter() - began) / (step + 1 - start) * (steps - step - 1)))
             where = f"epoch {epoch + 1}/{config.epochs} step {step + 1}/{steps}"
             world.print(f"{where}  {describe(figures)}  lr {rate:.1e}  {left} left")
-            line = Meter()
+            line = Meter(device)
+        due = config.save_every and (step + 1) % config.save_every == 0
+        due = due or epoch_ends and monitored(epoch + 1)  # an evaluation is long, and may be killed
+        if due or stop or epoch_ends:
+            stop = watch.look() or stop  # nothing is saved of a step that nobody has looked at
+        if due or stop:
+            save(step + 1)
+        if stop:
+            world.print(f"told to stop: saved after step {step + 1:,}; start again to resume")
+            world.part()
+            sys.exit(REQUEUE)
         if epoch_ends:
-            entry = {"epoch": epoch + 1, "step": step + 1, "lr": rate, **whole.read(world, config.batch_size)}
-            monitored = config.eval_every and (epoch + 1) % config.eval_every == 0 and evaluate.label_names(splits)
-
-            def finish_epoch() -> None:
-                if monitored:
-                    label, size, workers = monitored[0], config.image_size, config.workers
-                    pair = [evaluate.extract(trained, s, statistics, "image", size, workers)["image"] for s in splits]
-                    scores = evaluate.score_all({"image": tuple(pair)}, splits, [label], ["knn"])
-                    model.train()
-                    entry[f"knn_{label}"] = {str(r["k"]): r["accuracy"] for r in scores}
-                    shown = ", ".join(f"{100 * r['accuracy']:.1f} (k={r['k']})" for r in scores)
-                    world.print(f"kNN accuracy on {label}: {shown}")
-                save_checkpoint(path, state(step + 1))
-                with open(path.with_name("log.jsonl"), "a") as file:
-                    file.write(json.dumps(entry) + "\n")
-
-            world.first(finish_epoch)
-            line, whole = Meter(), Meter()
+            end_epoch(step + 1)
+    signals.reset()  # all is saved
 
     # --- report ---
-    if evaluate.label_names(splits):
+    if labels:
         before = evaluate.Pretrained(untrained.to(device), fields, schema, device)
         table = world.first(lambda: report(trained, before, splits, statistics, config))
         world.print(f"\n{table}\n\nin {path.parent}: " + ", ".join(sorted(file.name for file in path.parent.iterdir())))
-    if world.size > 1:
-        dist.barrier()  # nobody closes its connections while another still reads from them
+    world.part()
 
 
 if __name__ == "__main__":
