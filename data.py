@@ -185,7 +185,7 @@ LONGEST_LINE = 2**20  # bytes; a record has some hundreds
 def read_record(line: bytes, where: str) -> dict:
     """One line of metadata.jsonl -> its record. BadInput names the file and the line."""
     if len(line) > LONGEST_LINE:
-        raise BadInput(f"{where}: {len(line):,} bytes; one record a line, of at most {LONGEST_LINE:,}")
+        raise BadInput(f"{where}: a line of more than {LONGEST_LINE:,} bytes; one record a line")
     try:
         record = json.loads(line, object_pairs_hook=unique, parse_constant=refuse)
         if b"\\u" in line or not line.isascii():
@@ -228,8 +228,11 @@ def read_rows(path: Path) -> Iterator[tuple[str, int, dict | BadInput]]:
                 yield f"{path}, line {reader.line_num}", -1, row
     offset = 0
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
+            where, rest = f"{path}, line {number}", line
+            while len(rest) > LONGEST_LINE and not rest.endswith(b"\n"):  # the end of a line that is too long
+                rest = file.readline(LONGEST_LINE + 1)
+                offset += len(rest)
             if line.strip():
                 try:
                     row = read_record(line, where)

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -174,7 +175,13 @@ class World:
             torch.cuda.set_device(device)
         elif "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] == "1":  # torchrun's own default
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # rank 0 evaluates alone
+        store, rank, size = next(rendezvous("env://"))
+        if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+            # torchrun's store outlives a restart, and with it the addresses of the processes that died
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        patience = timedelta(hours=2)  # rank 0 evaluates alone
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         return World(dist.get_rank(), dist.get_world_size(), device)
 
     def print(self, text: str) -> None:
@@ -306,8 +313,9 @@ def find_checkpoint(path: Path) -> bool:
     return True
 
 
-def restore(path: Path, config: Config, model: SatMIP, optimizer, scaler: torch.amp.GradScaler) -> dict:
-    """Put a checkpoint back -> all that it holds. BadInput when it belongs to another configuration."""
+def restore(path: Path, config: Config, derived: dict, model: SatMIP, optimizer, scaler: torch.amp.GradScaler) -> dict:
+    """Put a checkpoint back -> all that it holds. BadInput when it belongs to another configuration, or to data
+    from which something else was `derived`."""
     state = evaluate.read_checkpoint(path)
     for name, value in asdict(config).items():
         if name not in FREE and state["config"].get(name) != value:
@@ -316,6 +324,9 @@ def restore(path: Path, config: Config, model: SatMIP, optimizer, scaler: torch.
     for name in ("optimizer", "scaler", "epoch_so_far", "processes"):
         if name not in state:
             raise BadInput(f"{path}: cannot be resumed, it has no {name!r}; choose another --output")
+    for name, value in derived.items():
+        if state[name] != value:
+            raise BadInput(f"{path}: made from other training data (another {name}); choose another --output")
     evaluate.load_weights(model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
@@ -653,10 +664,13 @@ def train(config: Config, preset: str) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
     # --- resume ---
+    derived = {
+        "fields": [asdict(field) for field in fields], "schema": asdict(schema) if encoder == "table" else schema,
+    }  # fmt: skip
     path, saved, start = Path(config.output) / "checkpoint.pt", {}, 0
     world.first(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     if world.first(lambda: find_checkpoint(path)):
-        saved = restore(path, config, model, optimizer, scaler)
+        saved = restore(path, config, derived, model, optimizer, scaler)
         start = saved["step"]
     log = [entry for entry in read_lines(path.with_name("log.jsonl")) if entry["step"] <= start]
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.14's new name for it is unknown to 2.11
@@ -688,8 +702,7 @@ def train(config: Config, preset: str) -> None:
         """All that the next step depends on. No random state: randomness is a function of seed, epoch, row and view."""
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
         return {
-            "model": model.state_dict(), "model_config": asdict(model_config), "config": options,
-            "fields": [asdict(field) for field in fields], "schema": asdict(schema) if encoder == "table" else schema,
+            "model": model.state_dict(), "model_config": asdict(model_config), "config": options, **derived,
             "channel_mean": statistics[0], "channel_std": statistics[1], "step": step,
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "epoch_so_far": whole.state(),
             "processes": world.size, "versions": versions,
