@@ -1975,11 +1975,15 @@ def test_plots(kind, tmp_path):
 def test_presets():
     """With --data the paper's settings, without it the demo's; what is given overrides both."""
     paper, name = train.parse_config(["--data", "DIR"])
-    assert name == "paper" and (paper.vit, paper.image_size, paper.batch_size) == ("vit_small", 224, 1024)
+    assert name == "paper table2" and (paper.vit, paper.image_size, paper.batch_size) == ("vit_small", 224, 1024)
     assert (paper.metadata_encoder, paper.metadata_width, paper.epochs) == ("text", 512, 200)
     assert train.parse_config(["--data", "DIR", "--metadata-encoder", "table"])[0].metadata_width == 192
     demo, name = train.parse_config(["--epochs", "3"])
-    assert name == "demo" and {**dataclasses.asdict(demo), **train.DEMO, "epochs": 3} == dataclasses.asdict(demo)
+    assert name == "demo table2" and {**dataclasses.asdict(demo), **train.DEMO, "epochs": 3} == dataclasses.asdict(demo)
+    table, name = train.parse_config(["--data", "DIR", "--preset", "table6-decoupled", "--epochs", "2"])
+    assert name == "paper table6-decoupled" and (table.decouple_views, table.epochs, table.vit) == (True, 2, "vit_small")
+    for name in train.PRESETS:
+        assert train.parse_config(["--preset", name])[0].image_size == 64
 
 
 def test_learning_rate():

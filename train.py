@@ -114,6 +114,19 @@ DEMO = {
 }  # fmt: skip
 
 
+# Runs of the paper's tables, by what differs from the defaults; seeds, fields (Table 5) and lambda (S4) are flags
+PRESETS = {
+    "table2": {}, "table4": {"init_source": "slip"},
+    "table5": {"method": "satmip", "metadata_encoder": "table", "epochs": 25},
+    "table6-crop": {"method": "satmip", "augment": "crop", "epochs": 25},
+    "table6-strong": {"method": "satmip", "epochs": 25},
+    "table6-coupled": {"method": "satmips", "epochs": 25},
+    "table6-decoupled": {"method": "satmips", "decouple_views": True, "epochs": 25},
+    "tableS4": {"method": "satmips", "epochs": 25},
+    "tableS5-text": {"metadata_encoder": "text"}, "tableS5-table": {"metadata_encoder": "table"},
+}  # fmt: skip
+
+
 MAY_BE_ZERO = {"weight_decay", "warmup_epochs", "loss_weight", "workers", "eval_every", "seed"}
 MAY_BE_ZERO |= {"save_every", "keep", "max_bad"}
 
@@ -129,9 +142,10 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
             kind = next(t for t in (int, float, str) if t is f.type or t in getattr(f.type, "__args__", ()))
             text += "" if f.default in (None, "") else f" (default {f.default})"
             parser.add_argument(flag, type=kind, choices=f.metadata["choices"], default=argparse.SUPPRESS, help=text)
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="table2", help="settings of a table of the paper")
     given = vars(parser.parse_args(argv))
-    demo = "data" not in given
-    config = Config(**((DEMO if demo else {}) | given))
+    demo, preset = "data" not in given, given.pop("preset")
+    config = Config(**((DEMO if demo else {}) | PRESETS[preset] | given))
     method = METHODS[config.method]
     derived = {
         "base_lr": method.base_lr if config.base_lr is None else config.base_lr,
@@ -148,7 +162,7 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must not be negative")
     if config.decouple_views and not (method.metadata_image and method.image_image):
         raise BadInput(f"--decouple-views: {config.method} has one kind of view only; use --method satmips")
-    return config, "demo" if demo else "paper"
+    return config, " ".join(["demo" if demo else "paper", preset])
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -617,7 +631,7 @@ def train(config: Config, preset: str) -> None:
         amp = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
     # --- data ---
-    if preset == "demo" and world.first(lambda: not Path(config.data).exists()):
+    if preset.startswith("demo") and world.first(lambda: not Path(config.data).exists()):
         world.print(f"no --data: preparing the embedded data (NASA imagery, about a minute, once) in {config.data}")
         world.first(lambda: data.prepare_demo(Path(config.data)))
     encoder = config.metadata_encoder if method.metadata_image else "none"
