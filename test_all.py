@@ -31,6 +31,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -46,6 +47,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
+from tqdm import tqdm
 
 import data
 import evaluate
@@ -1215,6 +1217,7 @@ def test_killed_preparation_ends_in_the_same_bytes(fmow, tmp_path):
 
     def work():
         os.setsid()  # a group of its own, so that the kill reaches its workers too
+        tqdm.set_lock(threading.RLock())  # not the one of this process, which nobody would give back after a kill
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         data.main(argv)
 
