@@ -1207,7 +1207,7 @@ def test_wilds(tmp_path, capsys):
 def test_killed_preparation_ends_in_the_same_bytes(fmow, tmp_path):
     """Ten kills of all its processes at random moments; what was done is not done again; other options are refused."""
     source = shutil.copytree(fmow, tmp_path / "source")
-    for i in range(5, 130):
+    for i in range(5, 400):
         for suffix in (".jpg", ".json"):
             stem = "train/airport/airport_0/airport_0_"
             os.link(source / f"{stem}1_rgb{suffix}", source / f"{stem}{i}_rgb{suffix}")
@@ -1227,7 +1227,7 @@ def test_killed_preparation_ends_in_the_same_bytes(fmow, tmp_path):
         before, deadline = journal.stat().st_size if journal.exists() else 0, time.monotonic() + 60
         while child.is_alive() and time.monotonic() < deadline:  # wait until it has done something, then a bit more
             if journal.exists() and journal.stat().st_size > before:
-                time.sleep(rng.random() * 0.05)
+                time.sleep(rng.random() * 0.02)
                 break
             time.sleep(0.002)
         if child.is_alive():
