@@ -215,16 +215,16 @@ def read_rows(path: Path) -> Iterator[tuple[str, int, dict | BadInput]]:
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
             header = file.readline()
             file.seek(0)
-            reader = csv.DictReader(file, delimiter=max(",;\t", key=header.count), restkey="", strict=True)
+            reader = csv.DictReader(file, delimiter=max(",;\t", key=header.count), strict=True)
             while True:
                 try:
                     row = next(reader, None)
                     problem = BadInput(f"{path}, line {reader.line_num}: more values than columns")
                 except csv.Error as error:
-                    row, problem = {"": ""}, BadInput(f"{path}, line {reader.line_num}: not CSV ({error})")
+                    row, problem = {None: ""}, BadInput(f"{path}, line {reader.line_num}: not CSV ({error})")
                 if row is None:
                     return
-                row = problem if "" in row else {k: v for k, v in row.items() if v is not None}
+                row = problem if None in row else {k: v for k, v in row.items() if k and v is not None}
                 yield f"{path}, line {reader.line_num}", -1, row
     offset = 0
     with open(path, "rb") as file:
@@ -262,7 +262,9 @@ def read_split(folder: Path, fields: tuple[Field, ...], captions: bool = False) 
     path = metadata_file(folder)
     stat, ours = path.stat(), [Path(__file__).with_name(n).read_bytes() for n in ("data.py", "metadata.py")]
     depends = repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns, fields, captions, ours))
-    name = f"{folder.name}-{hashlib.sha256(depends.encode()).hexdigest()[:20]}"
+    prefix, digest = (hashlib.sha256(text.encode()).hexdigest() for text in (str(path.resolve()), depends))
+    prefix = f"{folder.name}-{prefix[:8]}"
+    name = f"{prefix}-{digest[:20]}"
     roots = (folder.parent / ".cache", Path(tempfile.gettempdir()) / f"satmip-{os.getuid()}")
     for root in roots:
         if (root / name).is_dir():
@@ -278,9 +280,10 @@ def read_split(folder: Path, fields: tuple[Field, ...], captions: bool = False) 
         raise problem
     try:
         build_split(path, unfinished, fields, captions)
-        for old in root.glob(f"{folder.name}-*"):  # of an earlier state of the file, not of other fields
-            if old.stat().st_mtime_ns < stat.st_mtime_ns:
-                shutil.rmtree(old, ignore_errors=True)
+        for old in root.glob(f"{prefix}-*"):  # of an earlier state of the file, not of other fields
+            with contextlib.suppress(OSError):  # another process may be removing it
+                if old.stat().st_mtime_ns < stat.st_mtime_ns:
+                    shutil.rmtree(old, ignore_errors=True)
         with contextlib.suppress(OSError):  # another process was faster
             unfinished.rename(root / name)
     finally:
@@ -987,9 +990,12 @@ class Preparing(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[str]:
         worker = torch.utils.data.get_worker_info()
-        for i, item in enumerate(self.items()):
-            if i % worker.num_workers == worker.id and item.key not in self.done:
-                yield self.work(item)
+        try:
+            for i, item in enumerate(self.items()):
+                if i % worker.num_workers == worker.id and item.key not in self.done:
+                    yield self.work(item)
+        except BadInput as error:  # the source itself, such as a torn archive; as a line, not as a worker's traceback
+            yield json.dumps({"stop": str(error)})
 
     def work(self, item: Item) -> str:
         """Write the item's images -> its line of the journal."""
@@ -1774,7 +1780,7 @@ def fault_of(value: object, field: Field) -> str:
     numbers = [parse_number(v, Field("", "number")) for v in values]
     if field.kind == "category" or None in numbers or len(numbers) not in (1, len(field.parts)):
         return "malformed"
-    if field.parts == ("longitude", "latitude") and abs(numbers[0]) <= 90 < abs(numbers[1]) <= 180:
+    if len(numbers) == 2 and "latitude" in field.parts and abs(numbers[0]) <= 90 < abs(numbers[1]) <= 180:
         return "latitude and longitude swapped"
     return "out of range"
 
@@ -1820,7 +1826,7 @@ def check_split(folder: Path, fields: dict[str, Field], workers: int, findings: 
             if (key == "label" or key.startswith("label_")) and record[key] is not None:
                 labels.setdefault(key, Counter())[str(record[key])] += 1
         if "area" in record:
-            areas.add(record["area"])
+            areas.add(str(record["area"]))
         lengths[len(tokenizer()(caption(record, tuple(fields.values()))))] += 1
     images = [
         name

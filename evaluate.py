@@ -14,11 +14,13 @@ outputs of the backbones, before the projections. Fitted on the train split, sco
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import io
 import itertools
 import json
+import math
 import pickle
 import re
 import sys
@@ -118,9 +120,11 @@ def load_pretrained(path: Path, device: torch.device) -> tuple[Pretrained, dict]
         "metadata_encoder": pretrained.encoder, **{name: config[name] for name in SETTINGS if name in config},
     }  # fmt: skip
     if log.is_file():  # of the run: what it cost
-        epochs = [json.loads(line) for line in log.read_text().splitlines()]
-        pretrained.about["seconds"] = sum(epoch["seconds"] for epoch in epochs)
-        pretrained.about["memory"] = max(epoch["memory"] for epoch in epochs)
+        with contextlib.suppress(ValueError):  # a torn line ends what it says
+            epochs = [json.loads(line) for line in log.read_text().splitlines()]
+            epochs = [entry for entry in epochs if "seconds" in entry]  # others tell of skipped steps
+            pretrained.about["seconds"] = sum(epoch["seconds"] for epoch in epochs)
+            pretrained.about["memory"] = max((epoch["memory"] for epoch in epochs), default=0)
     return pretrained, state
 
 
@@ -158,8 +162,15 @@ def load_foreign(path: Path, name: str, heads: int | None, scale: float, size: i
 
 
 def mixed(device: torch.device) -> torch.autocast:
-    """bf16 on a GPU as in training (supplement C: "mixed precision"); float32 on a CPU, where bf16 is slower."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """bf16 on a GPU, or fp16 where that would be emulated (supplement C: "mixed precision"); float32 on a CPU, where
+    bf16 is slower."""
+    kind = half_precision() if device.type == "cuda" else torch.bfloat16
+    return torch.autocast(device.type, kind, enabled=device.type == "cuda")
+
+
+def half_precision() -> torch.dtype:
+    """What this GPU computes fast."""
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 @torch.no_grad()
@@ -352,7 +363,9 @@ def finetune(
     batch = min(batch, len(known))
     steps = epochs * (len(known) // batch)
     optimizer = torch.optim.AdamW(parameter_groups(network, 0.05), rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1, cycle_momentum=False)
+    warmup = max(1, steps // 10)
+    share = lambda step: min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     order = [known[rows] for rows in data.Order(len(known), batch, 0, steps, seed, 0, 1)]
     for step, (images, rows) in enumerate(data.load(splits[0], size, order, workers)):
         epoch = step // (len(known) // batch)
@@ -1000,7 +1013,8 @@ def export(args: argparse.Namespace) -> None:
     if (out / "encoder.json").is_file() and (out / "encoder.json").read_text() != about:
         raise BadInput(f"{out}: holds an export of another checkpoint or dataset; choose another folder")
     (out / "encoder.json").write_text(about)
-    torch.save(pretrained.model.image_encoder.state_dict(), out / "encoder.pt")
+    weights = {name: tensor.cpu() for name, tensor in pretrained.model.image_encoder.state_dict().items()}
+    torch.save(weights, out / "encoder.pt")
     for stem, split in zip(("train", "test"), splits) if args.data else ():
         (out / f"{stem}.ids.json").write_text(json.dumps([split.names[i] for i in range(len(split))]))
         streams = {

@@ -114,6 +114,8 @@ def canonical(row: dict) -> dict:
     names replaced by the paper's. A row that has nothing of this comes back as it is."""
     record = {}
     for name, value in row.items():
+        if value is None:
+            continue
         if isinstance(value, bool) and name not in FIELDS:
             value = str(value).lower()
         if isinstance(value, str):
@@ -145,11 +147,11 @@ def infer_field(name: str, values: list) -> tuple[Field | None, str]:
     values = [v for v in values if str(v).strip().lower() != "na"] or values
     parsed = {
         "number": [parse_number(v, Field(name, "number")) for v in values],
-        "timestamp": [parse_timestamp(v) for v in values],
+        "timestamp": [None if re.fullmatch(r"\d{1,7}", str(v).strip()) else parse_timestamp(v) for v in values],
         "list": [v if isinstance(v, list) and len(v) == len(values[0]) and numeric(v) else None for v in values]
         if values and isinstance(values[0], list) else [],
     }  # fmt: skip
-    for kind in ("timestamp", "list", "number"):  # 20150921 is a date before it is a number
+    for kind in ("timestamp", "list", "number"):  # 20150921 is a date before it is a number, 2015 is a number
         good = [v for v in parsed[kind] if v is not None]
         if good and len(good) >= 0.9 * len(values):
             odd = len(values) - len(good)
@@ -232,7 +234,7 @@ def iso_timestamp(value: object, day_first: bool | None = None) -> str | None:
         day, month = (first, second) if (second <= 12 if day_first is None else day_first) else (second, first)
         parsed = f"{year}-{month:02d}-{day:02d}"
     else:
-        for style in DATES:
+        for style in DATES if not re.fullmatch(r"\d{1,7}", date) else ():  # strptime takes 123456 for a day of 1234
             try:
                 parsed = datetime.strptime(date, style).strftime("%Y-%m-%d")
                 break

@@ -1249,7 +1249,7 @@ def test_killed_preparation_ends_in_the_same_bytes(fmow, tmp_path):
 def test_a_killed_worker_is_told(tmp_path):
     """The system may kill a worker that needs too much memory: one line, and what is done is kept."""
     sample = data.Sample("train", {"file_name": "a.png"}, b"")
-    die = lambda: time.sleep(0.5) or os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731; the first is handed over by then
+    die = lambda: time.sleep(0.5) or os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
     items = [data.Item("0", lambda: [sample]), data.Item("1", die)]
     with pytest.raises(BadInput, match="a process ended .* what is done is kept"):
         data.prepare(lambda: items, 2, tmp_path / "out", {}, 1, {})
@@ -1375,6 +1375,7 @@ DATES = {
     "20150921": "2015-09-21", "21 Sep 2015": "2015-09-21", "September 21, 2015 15:30": "2015-09-21T15:30",
     "2015/09/21 15:30:08 +02:00": "2015-09-21T15:30:08+02:00", "05.05.2015": "2015-05-05", "03/04/2015": None,
     "31/31/2015": None, "2015-09-21T15:30:08.5Z": "2015-09-21T15:30:08.5Z", "next week 5": None, "abc": None,
+    "123456": None,
 }  # fmt: skip
 
 
@@ -1391,12 +1392,12 @@ def test_kinds_of_columns():
     values = {
         "height": ["1.5", 2, "3e3", "NA"], "count": [1, 2, 3], "bands": [[1, 2.5], [3, 4]], "site": ["a", "b", "7"],
         "acquired": ["20150921", "2015-09-22", "22 Sep 2015"], "id": [f"x{i}" for i in range(50)], "gsd": [[1, 2]],
-        "mixed": [1] * 95 + ["bad"] * 5, "half": [1, "bad"] * 5,
+        "altitude": ["1234", "4711", "2015"], "mixed": [1] * 95 + ["bad"] * 5, "half": [1, "bad"] * 5,
     }  # fmt: skip
     kinds = {
         "height": ("number", "%.6g", ()), "count": ("number", "%.0f", ()), "bands": ("number", "%.6g", ("1", "2")),
         "site": ("category", "%s", ()), "acquired": ("timestamp", "%s", ()), "id": None,
-        "mixed": ("number", "%.0f", ()), "gsd": ("number", "%.4f", ("x", "y")), "half": ("category", "%s", ()),
+        "mixed": ("number", "%.0f", ()), "altitude": ("number", "%.0f", ()), "gsd": ("number", "%.4f", ("x", "y")), "half": ("category", "%s", ()),
     }  # fmt: skip
     for name, column in values.items():
         field, remark = metadata.infer_field(name, column)
@@ -1417,7 +1418,7 @@ def test_rows_are_put_in_order():
         "night": True,
     }
     expected = {"location": ["12.5", "41.9"], "cloud_cover": 3, "bands": [1, 2], "country": "NA", "night": "true"}
-    assert metadata.canonical(row) == expected and metadata.canonical(POSTER) == POSTER
+    assert metadata.canonical({**row, "null": None, "area": None}) == expected and metadata.canonical(POSTER) == POSTER
     assert metadata.canonical({"location": [1, 2], "lon": 5, "lat": 6}) == {"location": [1, 2], "lon": 5, "lat": 6}
 
 
@@ -1628,6 +1629,27 @@ def test_deep_images_are_refused_or_read_right(what, tmp_path):
     found = np.asarray(Image.open(tmp_path / f"out/train/{path.name}{'' if path.suffix == '.png' else '.png'}"))
     expected = np.rint(pixels.astype(np.float64) * (255 / 3200)).clip(0, 255)
     assert np.array_equal(found, expected if what == "RGB" else np.stack([expected] * 3, -1))
+
+
+def test_a_table_with_an_index_column(tmp_path):
+    """As pandas writes it, its first column without a name: left out. A row with more values than columns is told."""
+    (tmp_path / "table.csv").write_text(",file_name,label\n0,a.png,x\n1,b.png,y,z\n")
+    (_, _, first), (_, _, second) = data.read_rows(tmp_path / "table.csv")
+    assert first == {"file_name": "a.png", "label": "x"} and "line 3: more values than columns" in str(second)
+    assert [data.fault_of(v, metadata.FIELDS["location"]) for v in (12.3, [12.3], [5, 100])][2].endswith("swapped")
+
+
+def test_runs_on_other_data_and_with_skipped_steps(run, dataset, tmp_path):
+    """A run is not resumed on other rows; its log may tell of skipped steps and it can be evaluated still."""
+    shutil.copytree(run("simclr"), tmp_path / "run")
+    with (tmp_path / "run/log.jsonl").open("a") as file:
+        file.write('{"step": 6, "not_finite": ["loss"], "files": ["a.jpg"]}\n')
+    pretrained, _ = evaluate.load_pretrained(tmp_path / "run/checkpoint.pt", torch.device("cpu"))
+    assert pretrained.about["seconds"] > 0
+    path = shutil.copytree(dataset, tmp_path / "data") / "train" / "metadata.jsonl"
+    path.write_text("".join(path.read_text().splitlines(True)[1:]))
+    argv = [*TINY, "--data", tmp_path / "data", "--output", tmp_path / "run", *RUNS["simclr"].split()]
+    assert "other training data (another rows)" in complaint(train.main, *argv)
 
 
 def test_cache(dataset, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import multiprocessing
@@ -339,11 +340,12 @@ def restore(path: Path, config: Config, derived: dict, model: SatMIP, optimizer,
         if name not in state:
             raise BadInput(f"{path}: cannot be resumed, it has no {name!r}; choose another --output")
     for name, value in derived.items():
-        if state[name] != value:
+        if state.get(name) != value:
             raise BadInput(f"{path}: made from other training data (another {name}); choose another --output")
     evaluate.load_weights(model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty when that part of the run had no fp16
+        scaler.load_state_dict(state["scaler"])
     return state
 
 
@@ -399,7 +401,7 @@ def train_step(
     means = mean(torch.stack([value.detach().float() for value in logged.values()]))
     skipped = ~means.isfinite().all()
     optimizer.found_inf = skipped.float()
-    scaler.step(optimizer)
+    optimizer.step()  # not the scaler's, which would put its own found_inf in place of this one
     scaler.update()
     with torch.no_grad():
         for buffer, old in zip(model.buffers(), before):
@@ -628,7 +630,7 @@ def train(config: Config, preset: str) -> None:
         raise BadInput("--batch-size 1: a contrastive loss needs something to contrast with; at least 2")
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None, "auto": None}[config.amp]
     if config.amp == "auto" and device.type == "cuda":
-        amp = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        amp = evaluate.half_precision()
 
     # --- data ---
     if preset.startswith("demo") and world.first(lambda: not Path(config.data).exists()):
@@ -680,6 +682,7 @@ def train(config: Config, preset: str) -> None:
     # --- resume ---
     derived = {
         "fields": [asdict(field) for field in fields], "schema": asdict(schema) if encoder == "table" else schema,
+        "rows": f"{len(splits[0])} {hashlib.sha256(splits[0].names.values).hexdigest()}",
     }  # fmt: skip
     path, saved, start = Path(config.output) / "checkpoint.pt", {}, 0
     world.first(lambda: path.parent.mkdir(parents=True, exist_ok=True))
