@@ -1,6 +1,6 @@
 """The tests: what the code promises, in the order in which its files are read.
 
-    pytest -q test_all.py        # about two minutes on two CPU cores; no GPU, no network
+    pytest -q test_all.py        # about five minutes on two CPU cores; no GPU, no network
 
 In this order: helpers -> metadata -> model -> losses (alone, then on 1, 2 and 4 processes) -> data -> evaluate
 -> train -> whole programs -> what a user can get wrong -> the repository itself.
