@@ -1253,7 +1253,13 @@ def test_a_killed_worker_is_told(tmp_path):
     items = [data.Item("0", lambda: [sample]), data.Item("1", die)]
     with pytest.raises(BadInput, match="a process ended .* what is done is kept"):
         data.prepare(lambda: items, 2, tmp_path / "out", {}, 1, {})
-    assert "a.png" in (tmp_path / "out.unfinished" / data.JOURNAL).read_text()
+    journal = tmp_path / "out.unfinished" / data.JOURNAL
+    assert "a.png" in journal.read_text()
+    with journal.open("a") as file:
+        file.write('{"key": "1", "ro')  # a line torn by a kill: cut off, and its item made again
+    items = [data.Item(key, lambda name=f"{key}.png": [data.Sample("train", {"file_name": name}, b"")]) for key in "01"]
+    data.prepare(lambda: items, 2, tmp_path / "out", {}, 1, {})
+    assert [r["file_name"] for r in json_lines(tmp_path / "out/train/metadata.jsonl")] == ["a.png", "1.png"]
 
 
 def write_classes(folder: Path, classes: dict[str, int], suffix: str, name: str) -> list[str]:
@@ -1419,6 +1425,7 @@ def test_rows_are_put_in_order():
     }
     expected = {"location": ["12.5", "41.9"], "cloud_cover": 3, "bands": [1, 2], "country": "NA", "night": "true"}
     assert metadata.canonical({**row, "null": None, "area": None}) == expected and metadata.canonical(POSTER) == POSTER
+    assert metadata.canonical({"lon": "", "lat": 5}) == {}, "half a place is none"
     assert metadata.canonical({"location": [1, 2], "lon": 5, "lat": 6}) == {"location": [1, 2], "lon": 5, "lat": 6}
 
 
