@@ -1318,6 +1318,37 @@ def test_optimal31_and_fgsc23(tmp_path):
     assert [r["label"] for r in train_rows] == ["0", "0", "10", "10"] and [r["label"] for r in test_rows] == ["0", "2"]
 
 
+def test_prepared_trees_are_checked_trained_on_and_evaluated(fmow, tmp_path):
+    """Each kind of source goes the whole way: prepare, check, train on fMoW with all 15 fields, evaluate on all of
+    them, the downstream ones without any field."""
+    prepared("fmow", fmow, tmp_path / "fmow")
+    write_classes(tmp_path / "a/Images", {"airplane": 6, "zoo": 4}, ".jpg", "{kind}({i})")
+    prepared("optimal31", tmp_path / "a", tmp_path / "optimal31")
+    for split in ("train", "test"):
+        write_classes(tmp_path / "b" / split, {"0": 3, "10": 3}, ".jpg", split + "{kind}_{i}")
+    prepared("fgsc23", tmp_path / "b", tmp_path / "fgsc23")
+    for name, folder, suffix, pattern in (
+        ("resisc45", "NWPU-RESISC45", ".jpg", "{kind}_{i:03d}"), ("eurosat", "2750", ".jpg", "{kind}_{i}"),
+        ("ucmerced", "UCMerced_LandUse/Images", ".tif", "{kind}{i:02d}"),
+    ):  # fmt: skip
+        names = write_classes(tmp_path / name / folder, {"beach": 3, "forest": 3}, suffix, pattern)
+        for part, listed in {"train": names[:2] + names[3:5], "val": names[2:3], "test": names[5:]}.items():
+            path = tmp_path / name / f"{name.replace('ucm', 'uc_m')}-{part}.txt"
+            path.write_text("\n".join(listed))
+        prepared(name, tmp_path / name, tmp_path / f"{name}-out")
+    folders = [tmp_path / n for n in "fmow optimal31 fgsc23 resisc45-out eurosat-out ucmerced-out".split()]
+    for folder in folders:
+        with pytest.raises(SystemExit) as stopped:
+            data.main(["check", str(folder), "--jobs", "1"])
+        assert stopped.value.code == 0, folder
+    argv = [*TINY, "--data", folders[0], "--output", tmp_path / "run", "--metadata-encoder", "table", "--fields", "all"]
+    train.main([*map(str, argv), "--batch-size", "4", "--epochs", "1"])
+    argv = ["--checkpoint", tmp_path / "run/checkpoint.pt", "--data", *folders, "--modality", "image", "both"]
+    evaluate.main([*map(str, argv), "--workers", "0", "--output", str(tmp_path / "scores.jsonl")])
+    found = {(r["data"], r["features"]) for r in json_lines(tmp_path / "scores.jsonl")}
+    assert {(str(folder), name) for folder in folders for name in ("image", "both")} <= found
+
+
 def test_utm():
     """Against published coordinates (the CN Tower, to a metre), the axes, and both hemispheres."""
     assert worst(data.utm_to_degrees(630084, 4833438, 17, True), [-79.387139, 43.642567]) < 1.5e-5
