@@ -129,13 +129,15 @@ class Table:
 tokenizer = functools.cache(Tokenizer)
 
 
-def tabulate(records: Iterable[dict], fields: tuple[Field, ...], captions: bool) -> Table:
-    """Records -> their table, and their captions in tokens if asked for."""
+def tabulate(
+    records: Iterable[dict], fields: tuple[Field, ...], captions: bool, orders: Iterable[list[Field]] | None = None
+) -> Table:
+    """Records -> their table, and their captions in tokens if asked for, each with its own order of fields if given."""
     tokens, ends, numbers = array("H"), array("q", [0]), array("d")
     coders = [Coder() for field in fields if field.kind == "category"]
-    for record in records:
+    for record, order in zip(records, orders or itertools.repeat(fields)):
         if captions:
-            tokens.extend(tokenizer()(caption(record, fields)))
+            tokens.extend(tokenizer()(caption(record, order)))
             ends.append(len(tokens))
         row, categories = table_row(record, fields)
         numbers.extend(row)
@@ -481,23 +483,21 @@ class Metadata:
         elif encoder == "table":
             self.arrays = tuple(map(torch.from_numpy, schema.encode(table.numbers, table.categories)))
 
-    def batch(self, rows: Tensor, device: torch.device) -> tuple[Tensor, ...] | None:
+    def batch(self, rows: Tensor, step: int = 0) -> tuple[Tensor, ...]:
         """Rows [B] -> what the metadata encoder's forward takes: (numbers [B, F_num], categories [B, F_cat]), or
-        (embedding rows [B, L], lengths [B]) with L the longest caption of the batch. One that is too long loses its
-        last words, never its end token."""
+        (embedding rows [B, L], lengths [B]) with L the longest caption of the batch; () without an encoder. A caption
+        that is too long loses its last words, never its end token."""
         if self.encoder == "none":
-            return None
+            return ()
         if self.encoder == "table":
-            first, second = (values[rows] for values in self.arrays)
-        else:
-            starts, ends = self.tokens.ends[rows.numpy()], self.tokens.ends[rows.numpy() + 1]
-            lengths = np.minimum(ends - starts, self.longest)
-            at = np.arange(lengths.max())
-            inside = at < lengths[:, None]
-            ids = self.tokens.values[np.where(inside, starts[:, None] + at, 0)]
-            ids[np.arange(len(ids)), lengths - 1] = self.tokens.values[ends - 1]
-            first, second = torch.from_numpy(np.where(inside, self.row[ids], 0)), torch.from_numpy(lengths)
-        return first.to(device, non_blocking=True), second.to(device, non_blocking=True)
+            return tuple(values[rows] for values in self.arrays)
+        starts, ends = self.tokens.ends[rows.numpy()], self.tokens.ends[rows.numpy() + 1]
+        lengths = np.minimum(ends - starts, self.longest)
+        at = np.arange(lengths.max())
+        inside = at < lengths[:, None]
+        ids = self.tokens.values[np.where(inside, starts[:, None] + at, 0)]
+        ids[np.arange(len(ids)), lengths - 1] = self.tokens.values[ends - 1]
+        return torch.from_numpy(np.where(inside, self.row[ids], 0)), torch.from_numpy(lengths)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -544,18 +544,31 @@ def load_image(path: Path, size: int) -> np.ndarray:
         return np.asarray(image)
 
 
+class Loaded(NamedTuple):
+    """A batch as the workers hand it over."""
+
+    images: Tensor | None  # uint8 [B, size, size, 3], with temporal pairs [2 B, ...]: those of their partners behind
+    rows: Tensor  # [B]
+    metadata: tuple[Tensor, ...]  # what the encoder takes, () where none was asked for
+
+
 class Images(torch.utils.data.Dataset):
-    """Asked for rows [B], gives (uint8 [B, size, size, 3], rows, {file name: why it cannot be read}).
+    """Asked for a step, gives its batch, and {file name: why it cannot be read}.
 
     With `replace`, a row that cannot be read gives way to another, drawn by its number alone, so that every run on
     these files sees the same; its own number then stands in `rows`. Without, the images are None.
     """
 
-    def __init__(self, split: Split, size: int, replace: bool):
+    def __init__(self, split: Split, size: int, order, metadata: Metadata | None, partners, replace: bool):
         self.folder, self.names, self.size, self.replace = split.folder, split.names, size, replace
+        self.order, self.metadata, self.partners = order, metadata, partners
 
-    def __getitem__(self, rows: Tensor) -> tuple[Tensor | None, Tensor, dict[str, str]]:
-        images, rows, faults = np.empty((len(rows), self.size, self.size, 3), np.uint8), rows.clone(), {}
+    def __getitem__(self, step: int) -> tuple[Loaded, dict[str, str]]:
+        rows = self.order[step].clone()
+        B = len(rows)
+        if self.partners:
+            rows = torch.cat([rows, self.partners(rows, step)])
+        images, faults = np.empty((len(rows), self.size, self.size, 3), np.uint8), {}
         for i, wanted in enumerate(rows.tolist()):
             for attempt in range(ATTEMPTS if self.replace else 1):
                 row = int(hashed(wanted, attempt) % np.uint64(len(self.names))) if attempt else wanted
@@ -565,31 +578,27 @@ class Images(torch.utils.data.Dataset):
                 except BadInput as error:  # passed on: an exception would arrive wrapped in the worker's traceback
                     faults[self.names[row]] = str(error)
             else:
-                return None, rows, faults
-        return torch.from_numpy(images), rows, faults
+                return Loaded(None, rows[:B], ()), faults
+        metadata = self.metadata.batch(rows[:B], step) if self.metadata else ()
+        return Loaded(torch.from_numpy(images), rows[:B], metadata), faults
 
 
 class Order:
-    """Rows of each step from `start` to `stop`, for one process of `world`: a function of the seed and the step.
+    """Rows [B] of each step, for one process of `world`: a function of the seed and the step.
 
     Every epoch is a new permutation of all n rows, cut into global batches of G; what is left over is dropped.
     """
 
-    def __init__(self, n: int, batch: int, start: int, stop: int, seed: int, rank: int, world: int):
-        self.n, self.batch, self.seed = n, batch, seed
-        self.start, self.stop, self.rank, self.world = start, stop, rank, world
+    def __init__(self, n: int, batch: int, seed: int, rank: int = 0, world: int = 1):
+        self.n, self.batch, self.seed, self.rank, self.world, self.epoch = n, batch, seed, rank, world, None
 
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __iter__(self) -> Iterator[Tensor]:
-        per_epoch, local, epoch = self.n // self.batch, self.batch // self.world, -1
-        for step in range(self.start, self.stop):
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                permutation = np.argsort(hashed(self.seed, epoch, np.arange(self.n)), kind="stable")
-            first = step % per_epoch * self.batch + self.rank * local
-            yield torch.from_numpy(permutation[first : first + local])
+    def __getitem__(self, step: int) -> Tensor:
+        per_epoch, local = self.n // self.batch, self.batch // self.world
+        epoch, first = step // per_epoch, step % per_epoch * self.batch + self.rank * local
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.permutation = np.argsort(hashed(self.seed, epoch, np.arange(self.n)), kind="stable")
+        return torch.from_numpy(self.permutation[first : first + local])
 
 
 def outlast_signals(worker: int) -> None:
@@ -600,21 +609,22 @@ def outlast_signals(worker: int) -> None:
 
 
 def load(
-    split: Split, size: int, order: Order | list[Tensor], workers: int, faults: dict[str, str] | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Decoded batches in the order given, prepared ahead by worker processes, with their rows. An image that cannot
+    split: Split, size: int, order: Order | list[Tensor], workers: int, faults: dict[str, str] | None = None,
+    steps: range | None = None, metadata: Metadata | None = None, partners: Callable | None = None,
+) -> Iterator[Loaded]:  # fmt: skip
+    """Batches of the given steps (default: all of a list), prepared ahead by worker processes. An image that cannot
     be read is a BadInput that names it; but given `faults`, it is noted there and another row takes its place."""
     loader = torch.utils.data.DataLoader(
-        Images(split, size, faults is not None), sampler=order, batch_size=None, num_workers=workers,
-        pin_memory=torch.cuda.is_available(), worker_init_fn=outlast_signals,
+        Images(split, size, order, metadata, partners, faults is not None), sampler=steps or range(len(order)),
+        batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(), worker_init_fn=outlast_signals,
     )  # fmt: skip
-    for images, rows, found in loader:
-        if images is None:
+    for batch, found in loader:
+        if batch.images is None:
             others = f" (nor can {len(found) - 1} in its place)" if len(found) > 1 else ""
             raise BadInput(next(iter(found.values())) + others)
         if found:
             faults |= found
-        yield images, rows
+        yield batch
 
 
 def in_order(n: int, batch: int) -> list[Tensor]:
@@ -627,7 +637,7 @@ def channel_statistics(split: Split, size: int, workers: int, most: int = 10_000
     of a larger one, which settles three digits."""
     rows = torch.arange(0, len(split), max(1, len(split) // most))
     total, squares, pixels = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 0
-    for images, _ in load(split, size, list(rows.split(256)), workers, faults={}):
+    for images, *_ in load(split, size, list(rows.split(256)), workers, faults={}):
         flat = images.view(-1, 3).double() / 255
         total, squares, pixels = total + flat.sum(0), squares + flat.square().sum(0), pixels + len(flat)
     mean = total / pixels
@@ -806,6 +816,142 @@ def standardise(x: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """Per-channel standardisation of [..., 3, h, w] with the training split's statistics (supplement A)."""
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
     return (x - mean) / std
+
+
+# -----------------------------------------------------------------------------------------------------
+# What the place and the date of an image, and its view, say of others (Ayush et al., 2021; and beyond the paper)
+
+
+PARTNER, VARIATION = 3, 4  # what a random number of a row is for; 0 to 2 are its views
+
+
+def areas_and_dates(folder: Path) -> Table:
+    """Of each training row its area and its date, as two categories, and its place [n, 2], NaN where missing."""
+    columns = Field("area", "category"), Field("timestamp", "category"), FIELDS["location"]
+    return read_split(folder / "train", columns).table
+
+
+class Partners:
+    """Temporal positives (TP): for each row another date of its area, each alike likely; itself when there is none.
+
+    NOTE[PAPER] Ayush et al. write that the image itself is among the candidates; their code draws another if it can.
+    """
+
+    def __init__(self, areas: np.ndarray, dates: np.ndarray, seed: int, per_epoch: int):
+        """areas, dates: codes [n], -1 where unknown; rows of one date in one area are no partners."""
+        self.seed, self.per_epoch = seed, per_epoch
+        areas, dates = (np.where(x < 0, x.max() + 1 + np.arange(len(x)), x) for x in (areas, dates))  # unknown: its own
+        self.rows = np.lexsort((np.arange(len(areas)), dates, areas))  # an area's rows side by side, date by date
+        self.place = np.argsort(self.rows)
+        areas, dates = areas[self.rows], dates[self.rows]
+        new = np.r_[True, areas[1:] != areas[:-1]]
+        self.area = self.bounds(new)
+        self.date = self.bounds(new | np.r_[True, dates[1:] != dates[:-1]])
+
+    @staticmethod
+    def bounds(new: np.ndarray) -> np.ndarray:
+        """Where a group begins [n] -> the first and one past the last of each one's group [2, n]."""
+        starts, group = np.append(np.flatnonzero(new), len(new)), np.cumsum(new) - 1
+        return np.stack([starts[group], starts[group + 1]])
+
+    def __call__(self, rows: Tensor, step: int) -> Tensor:
+        """rows [B] -> their partners' [B] in this epoch."""
+        at = self.place[rows.numpy()]
+        (first, last), (same, other) = self.area[:, at], self.date[:, at]
+        count = last - first - (other - same)
+        drawn = uniform(self.seed, step // self.per_epoch, rows.numpy(), PARTNER)
+        drawn = first + np.floor(drawn * count).astype(int)
+        drawn = np.where(drawn < same, drawn, drawn + other - same)  # past those of its own date
+        return torch.from_numpy(np.where(count, self.rows[np.where(count, drawn, at)], rows.numpy()))
+
+
+def nearest_centre(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """points [n, 2], centres [C, 2] -> the nearest one's number [n], -1 for a point that is not known."""
+    parts = np.array_split(points, 1 + len(points) // 10_000)
+    found = np.concatenate([np.square(part[:, None] - centres).sum(2).argmin(1) for part in parts])
+    return np.where(np.isnan(points).any(1), -1, found)
+
+
+def cluster_places(points: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """k-means of points [n, 2] in degrees, as in Ayush et al., begun by k-means++ -> centres [min(k, different), 2]."""
+    points = np.unique(points[~np.isnan(points).any(1)], axis=0)
+    rng, centres = np.random.default_rng(seed), points[:1]
+    while len(centres) < min(k, len(points)):
+        distance = np.square(points - centres[nearest_centre(points, centres)]).sum(1)
+        centres = np.vstack([centres, points[rng.choice(len(points), p=distance / distance.sum())]])
+    for _ in range(100):
+        group = nearest_centre(points, centres)
+        sums = np.stack([np.bincount(group, column, len(centres)) for column in points.T], 1)
+        count = np.bincount(group, minlength=len(centres))[:, None]
+        before, centres = centres, np.where(count, sums / np.maximum(count, 1), centres)
+        if np.array_equal(before, centres):
+            break
+    return centres
+
+
+def area_places(table: Table) -> np.ndarray:
+    """Places of `areas_and_dates` -> one for each area, the mean of its images', and those of images without area."""
+    codes, points = table.categories[0].codes, table.numbers
+    known = ~np.isnan(points).any(1)
+    codes = np.where(codes < 0, codes.max(initial=-1) + 1 + np.arange(len(codes)), codes)[known]
+    _, codes = np.unique(codes, return_inverse=True)
+    return np.stack([np.bincount(codes, column) / np.bincount(codes) for column in points[known].T], 1)
+
+
+def follow_view(record: dict, box: np.ndarray, flip: np.ndarray, transpose: bool, side: int) -> dict:
+    """The record of a view instead of its image's (--consistent-metadata): scales follow the crop, azimuths the flips
+    and turns. box, flip, transpose: one sample's Draws; side: of the image in px."""
+    _, _, height, width = box
+    scale = np.array([width, height])[:: -1 if transpose else 1] / side
+    record = dict(record)
+    for name in ("gsd", "multispectral_gsd", "pixel_size"):
+        numbers = parse_numbers(record.get(name), FIELDS[name])
+        if numbers:
+            numbers = numbers[:: -1 if transpose else 1]
+            record[name] = (numbers * scale).tolist() if len(numbers) == 2 else numbers[0] * float(scale.mean())
+    for name in ("target_azimuth_angle", "sun_azimuth_angle"):  # clockwise from up
+        numbers = parse_numbers(record.get(name), FIELDS[name])
+        if numbers:
+            angle = numbers[0]
+            angle = 180 - angle if flip[0] else angle
+            angle = -angle if flip[1] else angle
+            record[name] = (270 - angle if transpose else angle) % 360
+    return record
+
+
+@dataclass(frozen=True)
+class Variation:
+    """How a training record is varied before it is read as always."""
+
+    consistent: Policy | None = None  # scales and azimuths follow the first view, drawn by this policy
+    dropout: float = 0.0  # each field is missing with this probability
+    shuffle: bool = False  # a caption names its fields in any order
+
+
+class VariedMetadata(Metadata):
+    """Metadata of training rows, varied anew in each epoch: a function of seed, epoch and row."""
+
+    def __init__(
+        self, split: Split, fields: tuple[Field, ...], encoder: str, schema, variation: Variation, seed: int,
+        side: int, per_epoch: int,
+    ):  # fmt: skip
+        super().__init__(split.table, encoder, schema)
+        self.split, self.fields, self.schema, self.variation = split, fields, schema, variation
+        self.seed, self.side, self.per_epoch = seed, side, per_epoch
+
+    def batch(self, rows: Tensor, step: int = 0) -> tuple[Tensor, ...]:
+        vary, epoch, F = self.variation, step // self.per_epoch, len(self.fields)
+        records = [self.split.record(row) for row in rows.tolist()]
+        if vary.consistent:
+            draws = draw(vary.consistent, self.side, self.seed, epoch, rows.numpy(), 0)
+            geometry = zip(records, draws.box, draws.flip, draws.transpose)
+            records = [follow_view(*sample, self.side) for sample in geometry]
+        chance = uniform(self.seed, epoch, rows.numpy()[:, None], VARIATION, np.arange(2 * F))
+        order = chance[:, F:].argsort(1) if vary.shuffle else np.arange(F)[None].repeat(len(rows), 0)
+        kept = [[self.fields[j] for j in js if chance[i, j] >= vary.dropout] for i, js in enumerate(order)]
+        records = [{f.name: r[f.name] for f in fields if f.name in r} for r, fields in zip(records, kept)]
+        table = tabulate(records, self.fields, self.encoder == "text", kept if vary.shuffle else None)
+        return Metadata(table, self.encoder, self.schema).batch(torch.arange(len(rows)))
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def image_features(
 ) -> Iterator[Tensor]:  # fmt: skip
     """CLS features [B, D] of the images from row `start` on, batch by batch."""
     device = pretrained.device
-    for images, _ in data.load(split, size, data.in_order(len(split), batch)[start // batch :], workers):
+    for images, *_ in data.load(split, size, data.in_order(len(split), batch)[start // batch :], workers):
         with mixed(device):
             x = data.standardise(data.plain(images.to(device, non_blocking=True)), *statistics)
             features = pretrained.model.image_encoder(x)
@@ -193,7 +193,8 @@ def metadata_features(pretrained: Pretrained, table: data.Table, batch: int = 51
     metadata, n = pretrained.metadata(table), len(table.numbers)
     for rows in data.in_order(n, batch)[start // batch :]:
         with mixed(pretrained.device):
-            features = pretrained.model.metadata_encoder(*metadata.batch(rows, pretrained.device))
+            inputs = [x.to(pretrained.device) for x in metadata.batch(rows)]
+            features = pretrained.model.metadata_encoder(*inputs)
         yield features.float()
 
 
@@ -245,7 +246,7 @@ def column(split: data.Split, key: str) -> list:
 def histograms(split: data.Split, size: int, workers: int, bins: int = 16) -> Tensor:
     """Colour histograms [n, 3 bins]: square roots of shares, whose cosine compares distributions (Bhattacharyya)."""
     rows = []
-    for images, _ in data.load(split, size, data.in_order(len(split), 512), workers):
+    for images, *_ in data.load(split, size, data.in_order(len(split), 512), workers):
         cell = torch.arange(len(images))[:, None, None] * 3 + torch.arange(3)  # one histogram an image and channel
         codes = (images.flatten(1, 2) // (256 // bins)).long() + bins * cell
         counts = torch.bincount(codes.flatten(), minlength=3 * bins * len(images)).view(len(images), -1).float()
@@ -366,8 +367,9 @@ def finetune(
     warmup = max(1, steps // 10)
     share = lambda step: min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-    order = [known[rows] for rows in data.Order(len(known), batch, 0, steps, seed, 0, 1)]
-    for step, (images, rows) in enumerate(data.load(splits[0], size, order, workers)):
+    order = data.Order(len(known), batch, seed)
+    order = [known[order[step]] for step in range(steps)]
+    for step, (images, rows, _) in enumerate(data.load(splits[0], size, order, workers)):
         epoch = step // (len(known) // batch)
         draws = data.draw(data.POLICIES[augment], size, seed, epoch, rows.numpy(), 0)
         x = data.standardise(data.augment(images.to(device, non_blocking=True), draws, size), *statistics)
@@ -703,8 +705,9 @@ def picture_places(
         record, image = test.record(i), data.load_image(test.folder / test.names[i], size)
         records = ({**record, "location": place} for place in places)
         metadata = pretrained.metadata(data.tabulate(records, pretrained.fields, pretrained.encoder == "text"))
-        batches = (metadata.batch(rows, device) for rows in data.in_order(len(places), 512))
-        gallery = torch.cat([model.metadata_projection(model.metadata_encoder(*batch)) for batch in batches])
+        batches = (metadata.batch(rows) for rows in data.in_order(len(places), 512))
+        encoded = [model.metadata_encoder(*(x.to(device) for x in batch)) for batch in batches]
+        gallery = torch.cat([model.metadata_projection(x) for x in encoded])
         pixels = data.standardise(data.plain(torch.from_numpy(image.copy())[None].to(device)), *statistics)
         query = model.image_projection(model.image_encoder(pixels))
         posterior = (F.cosine_similarity(query, gallery) * model.logit_scale.exp()).softmax(0)

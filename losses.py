@@ -1,4 +1,4 @@
-"""The losses of SatMIP and SatMIPS (paper, Eq. 1 to 4), on one process or many.
+"""The losses of SatMIP and SatMIPS (paper, Eq. 1 to 4) and of its baselines, on one process or many.
 
 Every process p of W holds B rows of the global batch, G = W B. It compares its own rows a with everyone's
 rows b, so that each pair of the G x G matrix is computed once in the whole world (W = 2, B = 3):
@@ -57,17 +57,37 @@ class Matching(NamedTuple):
     accuracy: Tensor
 
 
-def contrast(a: Tensor, b: Tensor, scale: Tensor | float, others: Tensor | None = None) -> Matching:
+def own_columns(a: Tensor, b: Tensor) -> Tensor:
+    """[B]: at which of everyone's rows b [G, ...] this process's rows a [B, ...] stand."""
+    offset = dist.get_rank() * len(a) if len(b) > len(a) else 0
+    return offset + torch.arange(len(a), device=a.device)
+
+
+def same_area(areas: Tensor) -> Tensor:
+    """areas [B], -1 where a sample has none -> [B, G], True where two different samples show one area.
+
+    Another date of the same place is no negative (--mask-same-area); the paper's losses do not ask.
+    """
+    everyone = gather(areas)
+    same = (areas[:, None] == everyone) & (areas >= 0)[:, None]
+    return same.scatter(1, own_columns(areas, everyone)[:, None], False)
+
+
+def contrast(
+    a: Tensor, b: Tensor, scale: Tensor | float, others: Tensor | None = None, masked: Tensor | None = None
+) -> Matching:
     """L^clr of Eq. 1, mean over the local rows: a [B, E], b [G, E] of all processes, scale = 1 / temperature.
 
-    others [G, E]: further negatives from a's own view; a's meeting with itself is left out.
+    others [G, E]: further negatives from a's own view; a's meeting with itself is left out. masked [B, G]: pairs
+    that are no negatives.
     """
-    offset = dist.get_rank() * len(a) if len(b) > len(a) else 0
-    target = offset + torch.arange(len(a), device=a.device)
+    target = own_columns(a, b)
     logits = scale * a @ b.T  # [B, G]
     if others is not None:
         same = (scale * a @ others.T).scatter(1, target[:, None], -math.inf)
         logits = torch.cat([logits, same], dim=1)  # [B, 2 G]
+    if masked is not None:
+        logits = logits.masked_fill(masked.repeat(1, logits.shape[1] // masked.shape[1]), -math.inf)
     return Matching(F.cross_entropy(logits, target), (logits.argmax(1) == target).float().mean())
 
 
@@ -76,14 +96,16 @@ def symmetric(one: Matching, other: Matching) -> Matching:
     return Matching((one.loss + other.loss) / 2, (one.accuracy + other.accuracy) / 2)
 
 
-def metadata_image_loss(image: Tensor, metadata: Tensor, scale: Tensor) -> Matching:
+def metadata_image_loss(image: Tensor, metadata: Tensor, scale: Tensor, masked: Tensor | None = None) -> Matching:
     """L^MI of Eq. 2: image and metadata embeddings [B, E], scale the learnable inverse temperature."""
-    return symmetric(contrast(image, gather(metadata), scale), contrast(metadata, gather(image), scale))
+    to_metadata = contrast(image, gather(metadata), scale, masked=masked)
+    return symmetric(to_metadata, contrast(metadata, gather(image), scale, masked=masked))
 
 
 def image_image_loss(
-    first: Tensor, second: Tensor, temperature: float = 0.1, same_view_negatives: bool = False
-) -> Matching:
+    first: Tensor, second: Tensor, temperature: float = 0.1, same_view_negatives: bool = False,
+    masked: Tensor | None = None,
+) -> Matching:  # fmt: skip
     """L^Sim of Eq. 3: embeddings [B, E] of the two views.
 
     NOTE[PAPER] as printed, a view is compared with the G rows of the other view. SimCLR and SLIP also take the
@@ -92,11 +114,31 @@ def image_image_loss(
     all_first, all_second = gather(first), gather(second)
     own = (all_first, all_second) if same_view_negatives else (None, None)
     scale = 1 / temperature
-    return symmetric(contrast(first, all_second, scale, own[0]), contrast(second, all_first, scale, own[1]))
+    to_second = contrast(first, all_second, scale, own[0], masked)
+    return symmetric(to_second, contrast(second, all_first, scale, own[1], masked))
 
 
-def total_loss(metadata_image: Matching | None, image_image: Matching | None, weight: float = 1.0) -> Tensor:
-    """Eq. 4: L^MI + lambda L^Sim, or the one that the method has."""
-    if metadata_image is None:
-        return image_image.loss
-    return metadata_image.loss if image_image is None else metadata_image.loss + weight * image_image.loss
+def momentum_loss(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.2) -> Matching:
+    """MoCo's loss: each query [B, E] against its own key [B, E] and the keys of earlier steps [K, E]."""
+    logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue.T], dim=1) / temperature  # [B, 1 + K]
+    target = torch.zeros(len(query), dtype=torch.long, device=query.device)
+    return Matching(F.cross_entropy(logits, target), (logits.argmax(1) == target).float().mean())
+
+
+def place_loss(logits: Tensor, places: Tensor) -> Matching:
+    """L_g of Ayush et al., Eq. 3: logits [B, C] of the clusters of places, places [B], -1 where a sample has none.
+
+    A sample without place counts as zero, not as absent: so the mean over processes is that of the whole batch.
+    """
+    loss = F.cross_entropy(logits, places, ignore_index=-1, reduction="sum") / len(places)
+    return Matching(loss, (logits.argmax(1) == places).float().mean())
+
+
+def total_loss(
+    metadata_image: Matching | None, image_image: Matching | None, weight: float = 1.0, place: Matching | None = None
+) -> Tensor:
+    """Eq. 4: L^MI + lambda L^Sim, or the one that the method has; and L_g, with weight 1 (Ayush et al., Eq. 4)."""
+    terms = [part.loss for part in (metadata_image, place) if part is not None]
+    if image_image is not None:
+        terms.append(image_image.loss if metadata_image is None else weight * image_image.loss)
+    return sum(terms)

@@ -299,6 +299,12 @@ def format_value(value: object, field: Field) -> str | None:
     return parse_category(value)
 
 
+def rounded(fields: tuple[Field, ...], digits: int) -> tuple[Field, ...]:
+    """The fields printed with at most that many decimals (--digits)."""
+    style = lambda s: re.sub(r"(?<=^%\.)\d+(?=f$)", lambda decimals: str(min(digits, int(decimals[0]))), s)  # noqa: E731
+    return tuple(dataclasses.replace(field, style=style(field.style)) for field in fields)
+
+
 def caption(record: dict, fields: tuple[Field, ...]) -> str:
     """ "key1: value1, ..., keyn: valuen" over the fields that the record has."""
     printed = ((field.name, format_value(record.get(field.name), field)) for field in fields)
@@ -331,6 +337,25 @@ def table_row(record: dict, fields: tuple[Field, ...]) -> tuple[list[float], lis
     return numbers, categories
 
 
+PERIODS = {"month": 12, "hour": 24, "weekday": 7, "azimuth_angle": 360}  # the last part of a feature's name: period
+
+
+def cyclic_features(names: list[str], numbers: np.ndarray) -> np.ndarray:
+    """Features [n, F_num] without a jump (--cyclic-features): what has a period as sine and cosine, a longitude and
+    the latitude after it as a point of the unit sphere, all else as it is."""
+    columns = []
+    for before, name, x in zip(["", *names], names, numbers.T):
+        period = next((period for end, period in PERIODS.items() if name.endswith(end)), None)
+        if period or name.endswith("longitude"):
+            angle = 2 * np.pi * x / (period or 360)
+            columns += [np.sin(angle), np.cos(angle)]
+        elif name.endswith("latitude") and before.endswith("longitude"):
+            columns[-2:] = [column * np.cos(np.radians(x)) for column in columns[-2:]] + [np.sin(np.radians(x))]
+        else:
+            columns.append(x)
+    return np.stack(columns, 1) if columns else numbers
+
+
 MISSING, UNKNOWN = 0, 1  # the first two rows of every category embedding
 
 
@@ -349,14 +374,19 @@ class Categories:
 class TableSchema:
     """How raw table features become the encoder's input; fitted on the training split, kept in the checkpoint."""
 
-    numbers: list[str]  # names of the numerical features
-    mean: list[float]
+    numbers: list[str]  # names of the raw numerical features
+    mean: list[float]  # of the features that the encoder takes
     std: list[float]
     categories: dict[str, list[str]]  # field name -> the values seen in training, sorted
+    cyclic: bool = False  # whether the encoder takes cyclic_features
 
     @staticmethod
-    def fit(fields: tuple[Field, ...], numbers: np.ndarray, categories: list[Categories]) -> "TableSchema":
+    def fit(
+        fields: tuple[Field, ...], numbers: np.ndarray, categories: list[Categories], cyclic: bool = False
+    ) -> "TableSchema":
         """numbers [n, F_num] with NaN where missing; categories: those of each category field."""
+        columns = number_columns(fields)
+        numbers = cyclic_features(columns, numbers) if cyclic else numbers
         known = ~np.isnan(numbers)
         count = np.maximum(known.sum(0), 1)
         mean = np.where(known, numbers, 0).sum(0) / count
@@ -364,10 +394,11 @@ class TableSchema:
         std = np.where(std > 1e-9 * np.maximum(np.abs(mean), 1), std, 1)  # a constant column stays 0, not noise
         names = [f.name for f in fields if f.kind == "category"]
         values = [sorted(column.values) for column in categories]
-        return TableSchema(number_columns(fields), mean.tolist(), std.tolist(), dict(zip(names, values)))
+        return TableSchema(columns, mean.tolist(), std.tolist(), dict(zip(names, values)), cyclic)
 
     def encode(self, numbers: np.ndarray, categories: list[Categories]) -> tuple[np.ndarray, np.ndarray]:
         """-> float32 [n, F_num] standardised, NaN where missing; int64 [n, F_cat]: MISSING, UNKNOWN, then 2, 3, ..."""
+        numbers = cyclic_features(self.numbers, numbers) if self.cyclic else numbers
         scaled = ((numbers - np.array(self.mean)) / np.array(self.std)).astype(np.float32)
         encoded = np.empty((len(numbers), len(self.categories)), np.int64)
         for i, (seen, column) in enumerate(zip(self.categories.values(), categories)):

@@ -1,14 +1,15 @@
-"""The encoders and heads of SatMIP and SatMIPS (paper, Section 3 and 4.2, supplement B).
+"""The encoders and heads of SatMIP and SatMIPS (paper, Section 3 and 4.2, supplement B), and of their baselines.
 
-In this order: one attention block -> the image encoder made of it (ViT) -> weights of others for it -> the metadata
-encoders (text Transformer, FT-Transformer) -> the projection heads -> SatMIP, which puts them together and runs once
-a step -> parameter groups.
+In this order: one attention block -> the image encoder made of it (ViT), and ResNet-50 -> weights of others for a
+ViT -> the metadata encoders (text Transformer, FT-Transformer) -> the projection heads -> SatMIP, which puts them
+together and runs once a step -> parameter groups.
 
 Letters: B batch, V views of each image, N patches, L text tokens, F table features, D width, E joint
 dimension, H heads. Every encoder returns its CLS row after the last norm, [B, D].
 """
 
 import argparse
+import copy
 import hashlib
 import math
 import pickle
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import resnet50
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -95,7 +97,53 @@ def run_blocks(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, mask: Tenso
 
 
 # -----------------------------------------------------------------------------------------------------
-# Image encoder: Vision Transformer (supplement B, "Visual encoders")
+# Batch normalisation over all processes, in the SimCLR head and in ResNet-50
+
+
+def several() -> bool:
+    """Whether there are other processes."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+class AllReduce(torch.autograd.Function):
+    """Sum over processes, differentiable: what reaches the sum reaches every process's part of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return AllReduce.forward(ctx, gradient)
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation over the global batch, on any backend (torch's SyncBatchNorm refuses gloo)."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass  # [B, D] and [B, D, h, w] alike
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, D] or [B, D, h, w] -> the same shape, in float32"""
+        x = x.float()
+        if not (self.training and several()):
+            return super().forward(x)
+        dims = [0, *range(2, x.ndim)]
+        count = x.numel() // x.shape[1] * dist.get_world_size()  # every process holds the same number of rows
+        column = lambda v: v.view(-1, *[1] * (x.ndim - 2))  # noqa: E731
+        mean = AllReduce.apply(x.sum(dims)) / count
+        variance = AllReduce.apply((x - column(mean)).square().sum(dims)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return (x - column(mean)) * column((variance + self.eps).rsqrt() * self.weight) + column(self.bias)
+
+
+# -----------------------------------------------------------------------------------------------------
+# Image encoders: Vision Transformer (supplement B, "Visual encoders"), and the ResNet-50 of Ayush et al.
 
 # width, layers, heads. NOTE[PAPER] vit_small has 12 heads as in MoCo-v3 and SLIP; timm, DeiT and DINO have 6,
 # with the same tensor shapes: foreign weights load without complaint and are wrong unless the heads agree.
@@ -170,6 +218,15 @@ class ViT(nn.Module):
         x = self.patch_embed(images)  # [B, N, D]
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + positions  # [B, 1 + N, D]
         return run_blocks(self.blocks, self.norm, x)
+
+
+def build_image_encoder(name: str, image_size: int, patch: int, norm: type[nn.Module] = BatchNorm) -> nn.Module:
+    """A row of VITS, or torchvision's "resnet50" under its own names, without the classifier: images -> [B, width]."""
+    if name != "resnet50":
+        return ViT(image_size, patch, *VITS[name])
+    encoder = resnet50(weights=None, norm_layer=norm)
+    encoder.fc, encoder.width = nn.Identity(), encoder.fc.in_features
+    return encoder
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -366,38 +423,6 @@ def initialise(encoder: nn.Module) -> None:
 # Projection heads (supplement B, "Projection heads")
 
 
-class AllReduce(torch.autograd.Function):
-    """Sum over processes, differentiable: what reaches the sum reaches every process's part of it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return AllReduce.forward(ctx, gradient)
-
-
-class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over the global batch, on any backend (torch's SyncBatchNorm refuses gloo)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, D] -> [B, D], in float32"""
-        x = x.float()
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
-            return super().forward(x)
-        count = len(x) * dist.get_world_size()  # every process holds the same number of rows
-        mean = AllReduce.apply(x.sum(0)) / count
-        variance = AllReduce.apply((x - mean).square().sum(0)) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
-
-
 def image_mlp(width: int, hidden: int, out: int) -> nn.Sequential:
     """SimCLR's head as in SLIP.
 
@@ -421,7 +446,7 @@ class ModelConfig:
 
     image_size: int = 224
     patch_size: int = 16
-    vit: str = "vit_small"  # a row of VITS
+    vit: str = "vit_small"  # a row of VITS, or "resnet50"
     metadata_encoder: str = "none"  # "none", "text" or "table"
     metadata_width: int = 512  # text 512, table 192 (supplement B)
     metadata_layers: int = 3
@@ -431,9 +456,11 @@ class ModelConfig:
     numbers: int = 0  # table: numerical features
     categories: tuple[int, ...] = ()  # table: embedding rows of each categorical feature
     joint_dim: int = 512
-    image_image: bool = False  # whether there is a SimCLR head
+    image_image: str = "none"  # "none", "simclr" or "moco"
     mlp_hidden: int = 4096
     mlp_out: int = 256
+    queue: int = 65536  # MoCo: how many keys it keeps
+    places: int = 0  # Geo: how many clusters of places are told apart
 
 
 class Embeddings(NamedTuple):
@@ -444,45 +471,112 @@ class Embeddings(NamedTuple):
     first: Tensor | None  # [B, 256] of the two views that meet each other
     second: Tensor | None
     scale: Tensor | None  # exp(logit_scale) = 1 / temperature of the metadata-image loss
+    queue: Tensor | None  # [K, E] MoCo's earlier keys
+    place: Tensor | None  # [B, C] Geo's logits, no unit vectors
 
 
 class SatMIP(nn.Module):
-    """SatMIP, SatMIPS or SimCLR, depending on which heads the configuration asks for (Fig. 2)."""
+    """SatMIP, SatMIPS or a baseline, depending on which heads the configuration asks for (Fig. 2).
+
+    With MoCo the second view goes through a slowly following copy of the image encoder and of its head, and is
+    compared with a queue of earlier keys. Its ResNet-50 keeps batch statistics per process, as the original does: that
+    the statistics of queries and keys differ is part of the method, hence the shuffling, and hence its results depend
+    on the number of processes. A ViT has no batch statistics, and MoCo's head neither.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = c = config
-        self.image_encoder = ViT(c.image_size, c.patch_size, *VITS[c.vit])
+        norm = nn.BatchNorm2d if c.image_image == "moco" else BatchNorm
+        self.image_encoder = build_image_encoder(c.vit, c.image_size, c.patch_size, norm)
+        width = self.image_encoder.width
         if c.metadata_encoder != "none":
             size = (c.metadata_width, c.metadata_layers, c.metadata_heads)
             if c.metadata_encoder == "text":
                 self.metadata_encoder = TextTransformer(c.vocabulary, c.context, *size)
             else:
                 self.metadata_encoder = FTTransformer(c.numbers, list(c.categories), *size)
-            self.image_projection = nn.Linear(self.image_encoder.width, c.joint_dim, bias=False)
+            self.image_projection = nn.Linear(width, c.joint_dim, bias=False)
             self.metadata_projection = nn.Linear(c.metadata_width, c.joint_dim, bias=False)
             for projection in (self.image_projection, self.metadata_projection):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        if c.image_image:
-            self.image_mlp = image_mlp(self.image_encoder.width, c.mlp_hidden, c.mlp_out)
+        if c.image_image == "simclr":
+            self.image_mlp = image_mlp(width, c.mlp_hidden, c.mlp_out)
+        if c.image_image == "moco":
+            hidden = nn.Linear(width, c.mlp_hidden)
+            self.image_mlp = nn.Sequential(hidden, nn.ReLU(), nn.Linear(c.mlp_hidden, c.mlp_out))
+            self.key_encoder, self.key_mlp = (copy.deepcopy(m) for m in (self.image_encoder, self.image_mlp))
+            self.key_encoder.requires_grad_(False), self.key_mlp.requires_grad_(False)
+            self.register_buffer("queue", unit(torch.randn(c.queue, c.mlp_out)))
+            self.register_buffer("enqueued", torch.zeros((), dtype=torch.long))
+        if c.places:  # on the embedding before it becomes a unit vector, as its authors; without one, on the features
+            self.place_head = nn.Linear(width if c.image_image == "none" else c.mlp_out, c.places)
 
-    def forward(self, views: Tensor, metadata: tuple[Tensor, ...] | None) -> Embeddings:
-        """views [V, B, 3, h, w], metadata what its encoder takes -> Embeddings. Called once a step.
+    def forward(self, views: Tensor, metadata: tuple[Tensor, ...]) -> Embeddings:
+        """views [V, B, 3, h, w], metadata what its encoder takes -> Embeddings. Called once a step."""
+        return self.project(*self.encode(views, metadata))
 
-        The first view meets the metadata, the last two meet each other. With V = 2 they share the first view
-        (Section 3.2, "Efficient view coupling"); V = 3 decouples them (Table 6); V = 1 is SatMIP alone.
-        """
-        features = self.image_encoder(views.flatten(0, 1)).unflatten(0, views.shape[:2])  # [V, B, D]
-        image = encoded = first = second = scale = None
-        if self.config.metadata_encoder != "none":
-            image = unit(self.image_projection(features[0]))
-            encoded = unit(self.metadata_projection(self.metadata_encoder(*metadata)))
-            scale = self.logit_scale.exp()
-        if self.config.image_image:
+    def encode(self, views: Tensor, metadata: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The backbones, each sample by itself -> CLS features of its views [B, V, D] and of its metadata [B, D]."""
+        queries = views[:-1] if self.config.image_image == "moco" else views
+        features = self.image_encoder(queries.flatten(0, 1)).unflatten(0, queries.shape[:2])
+        if self.config.image_image == "moco":
+            features = torch.cat([features, self.encode_keys(views[-1])[None]])
+        features = features.transpose(0, 1)
+        return (features, self.metadata_encoder(*metadata)) if self.config.metadata_encoder != "none" else (features,)
+
+    def project(self, features: Tensor, encoded: Tensor | None = None) -> Embeddings:
+        """The heads, on the whole batch. The first view meets the metadata, the last two meet each other. With V = 2
+        they share the first view (Section 3.2, "Efficient view coupling"); V = 3 decouples them (Table 6); V = 1 is
+        SatMIP alone."""
+        c, image, metadata, first, second, scale, queue, place = self.config, *[None] * 7
+        if c.metadata_encoder != "none":
+            image = unit(self.image_projection(features[:, 0]))
+            metadata, scale = unit(self.metadata_projection(encoded)), self.logit_scale.exp()
+        if c.image_image != "none":
             # NOTE[PAPER] batch statistics of each view apart, as in SLIP
-            first, second = unit(self.image_mlp(features[-2])), unit(self.image_mlp(features[-1]))
-        return Embeddings(image, encoded, first, second, scale)
+            first = self.image_mlp(features[:, -2])
+            second = (self.image_mlp if c.image_image == "simclr" else self.key_mlp)(features[:, -1])
+        if c.places:
+            place = self.place_head(features[:, 0] if first is None else F.relu(first)).float()
+        if first is not None:
+            first, second = unit(first), unit(second)
+        if c.image_image == "moco":
+            queue = self.queue
+        return Embeddings(image, metadata, first, second, scale, queue, place)
+
+    @torch.no_grad()
+    def encode_keys(self, view: Tensor) -> Tensor:
+        """MoCo's keys [B, D] of a view [B, 3, h, w]. For ResNet-50 on samples shuffled among the processes, so that no
+        query shares its batch statistics with its own key and can tell it by them."""
+        if self.config.vit != "resnet50" or not several():
+            return self.key_encoder(view)
+        generator = torch.Generator().manual_seed(int(self.enqueued))
+        world, rank, B = dist.get_world_size(), dist.get_rank(), len(view)
+        order = torch.randperm(world * B, generator=generator).to(view.device)
+        keys = self.key_encoder(everyone(view)[order.chunk(world)[rank]])
+        return everyone(keys)[order.argsort()[rank * B : (rank + 1) * B]]
+
+    @torch.no_grad()
+    def follow(self, momentum: float) -> None:
+        """MoCo: the key encoder and its head take a small step towards those of the queries."""
+        for key, query in ((self.key_encoder, self.image_encoder), (self.key_mlp, self.image_mlp)):
+            torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """MoCo: the keys [G, E] of all processes take the place of the oldest."""
+        at = (self.enqueued + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[at] = keys
+        self.enqueued += len(keys)
+
+
+def everyone(x: Tensor) -> Tensor:
+    """Rows of all processes in rank order, without gradient."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 def describe_encoder(model: SatMIP, mean: list[float], std: list[float]) -> dict:
@@ -490,12 +584,14 @@ def describe_encoder(model: SatMIP, mean: list[float], std: list[float]) -> dict
     c, digest = model.config, hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    common = {"mean": mean, "std": std, "channels": "red, green, blue in 0..1", "sha256": digest.hexdigest()}
+    if c.vit == "resnet50":
+        return {"torchvision": {"model": "resnet50"}, "feature": "mean over places, before fc", **common}
     width, layers, heads = VITS[c.vit]
     shape = {"img_size": c.image_size, "patch_size": c.patch_size, "embed_dim": width, "depth": layers}
     return {
         "timm": {"model": "vit_base_patch16_224", "arguments": {**shape, "num_heads": heads, "num_classes": 0}},
-        "heads": heads, "mean": mean, "std": std, "channels": "red, green, blue in 0..1",
-        "feature": "CLS token after the norm", "sha256": digest.hexdigest(),
+        "heads": heads, "feature": "CLS token after the norm", **common,
     }  # fmt: skip
 
 

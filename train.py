@@ -1,6 +1,7 @@
 """Pretrain SatMIP, SatMIPS or SimCLR (paper, Section 3 and 4.2, supplement B).
 
     python train.py --method satmips                                  # embedded data, 2 CPU cores, some minutes
+    python train.py --method simclr-geo-tp                            # a baseline; METHODS lists all
     torchrun --nproc_per_node=4 train.py --method satmips --data DIR  # the paper's settings, 4 GPUs
 
 In this order: options and presets -> processes -> learning rate -> files of a run -> one step -> its figures ->
@@ -25,6 +26,7 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -36,29 +38,31 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import evaluate
 import losses
-from metadata import DEFAULT_FIELDS, BadInput, TableSchema
+from metadata import DEFAULT_FIELDS, BadInput, TableSchema, rounded
 from model import SOURCES, VITS, ModelConfig, SatMIP, WrongWeights, load_encoder, parameter_groups
 
 # -----------------------------------------------------------------------------------------------------
 # Options: the defaults are the paper's
 
 
-@dataclass(frozen=True)
-class Method:
-    """A method is the losses it has. NOTE[PAPER] the paper's table of base learning rates and weight decays is
-    lost: SLIP's values for SimCLR, CLIP and SLIP, taken from its batch of 4096 to 256 by the linear rule."""
-
-    metadata_image: bool
-    image_image: bool
-    base_lr: float
-    weight_decay: float
-
-
+# A method is what it learns from, and its recipe: options, each of which may also be given by itself.
+# NOTE[PAPER] the paper's table of base learning rates and weight decays is lost: SLIP's values for SimCLR, CLIP and
+# SLIP, taken from its batch of 4096 to 256 by the linear rule.
+SIMCLR = {"image_image": "simclr", "base_lr": 2.0e-4, "weight_decay": 0.1}
+SATMIP = {"metadata_image": True, "base_lr": 3.125e-5, "weight_decay": 0.5}
+SATMIPS = {"metadata_image": True, "image_image": "simclr", "base_lr": 1.875e-4, "weight_decay": 0.1}
+# NOTE[PAPER] Ayush et al. print a learning rate of 1e-3, their README 0.03, which is MoCo-v2's own for this batch
+MOCO = {
+    "image_image": "moco", "optimizer": "sgd", "base_lr": 0.03, "weight_decay": 1e-4, "warmup_epochs": 0,
+    "temperature": 0.2, "batch_size": 256, "vit": "resnet50", "mlp_hidden": 2048, "mlp_out": 128,
+}  # fmt: skip
+GEO, TP = {"geo": True}, {"temporal": True}
 METHODS = {
-    "simclr": Method(False, True, 2.0e-4, 0.1),
-    "satmip": Method(True, False, 3.125e-5, 0.5),
-    "satmips": Method(True, True, 1.875e-4, 0.1),
-}
+    "simclr": SIMCLR, "satmip": SATMIP, "satmips": SATMIPS,
+    "simclr-geo": SIMCLR | GEO, "simclr-tp": SIMCLR | TP, "simclr-geo-tp": SIMCLR | GEO | TP,
+    "satmips-tp": SATMIPS | TP, "satmips-geo-tp": SATMIPS | GEO | TP,
+    "moco": MOCO, "moco-geo": MOCO | GEO, "moco-tp": MOCO | TP, "moco-geo-tp": MOCO | GEO | TP,
+}  # fmt: skip
 LR_START, LR_END = 1e-6, 1e-5  # NOTE[PAPER] where warm-up starts and the cosine ends: SLIP's
 AUGMENTATIONS = tuple(data.POLICIES)
 TEXT_WIDTH, TABLE_WIDTH = 512, 192  # NOTE[PAPER] Section 4.2 says 512 for both, supplement B 192 for the table
@@ -72,27 +76,43 @@ def option(default, text: str, choices=None):
 class Config:
     """Every option; `None` means the value that the help names."""
 
-    method: str = option("satmips", "what to learn from", tuple(METHODS))
+    method: str = option("satmips", "what to learn from, and by which recipe", tuple(METHODS))
+    metadata_image: bool = option(False, "align images with metadata, Eq. 2 (by method)")
+    image_image: str = option("none", "align two views of an image, Eq. 3 (by method)", ("none", "simclr", "moco"))
+    geo: bool = option(False, "tell clusters of places apart (by method)")
+    temporal: bool = option(False, "TP: the last view shows another date of the same area (by method)")
     data: str = option("", "prepared dataset; default: the embedded data, cut into data/demo")
     output: str = option("", "run folder, resumed if it holds a checkpoint; default: runs/METHOD or runs/demo-METHOD")
     metadata_encoder: str = option("text", "how metadata is encoded", ("text", "table"))
     fields: str = option("", f"metadata fields in order or 'all'; default: DIR/fields.json's, else {DEFAULT_FIELDS}")
-    vit: str = option("vit_small", "image encoder", tuple(VITS))
+    vit: str = option("vit_small", "image encoder (by method)", (*VITS, "resnet50"))
     init: str = option("", "file of weights that the image encoder starts from (Table 4)")
     init_source: str = option("satmip", "whose weights; satmip: a checkpoint of this program", tuple(SOURCES))
     image_size: int = option(224, "side of a view in px")
     patch_size: int = option(16, "side of a patch in px")
     metadata_width: int | None = option(None, f"width of the metadata encoder (text {TEXT_WIDTH}, table {TABLE_WIDTH})")
     metadata_layers: int = option(3, "layers of the metadata encoder")
-    mlp_hidden: int = option(4096, "hidden width of the SimCLR head")
+    mlp_hidden: int = option(4096, "hidden width of the SimCLR or MoCo head (by method)")
+    mlp_out: int = option(256, "its output's width (by method)")
     epochs: int = option(200, "passes over the train split")
-    batch_size: int = option(1024, "images a step over all processes")
-    base_lr: float | None = option(None, "learning rate for a batch of 256, scaled linearly (by method)")
-    weight_decay: float | None = option(None, "AdamW's (by method)")
-    warmup_epochs: float = option(1, "epochs of linear warm-up")
+    batch_size: int = option(1024, "images a step over all processes (by method)")
+    micro_batch: int = option(0, "images a process holds in memory at a time; same gradients, one more forward; 0: all")
+    optimizer: str = option("adamw", "or sgd with momentum 0.9 (by method)", ("adamw", "sgd"))
+    base_lr: float = option(0.0, "learning rate for a batch of 256, scaled linearly (by method)")
+    weight_decay: float = option(0.0, "of the optimizer (by method)")
+    warmup_epochs: float = option(1, "epochs of linear warm-up (by method)")
     loss_weight: float = option(1.0, "lambda of Eq. 4, the weight of the image-image loss")
-    temperature: float = option(0.1, "of the image-image loss; that of the metadata-image loss is learned")
+    temperature: float = option(0.1, "of the image-image loss; the metadata-image loss learns its own (by method)")
     same_view_negatives: bool = option(False, "2K-1 terms in Eq. 3 as SimCLR and SLIP, not the K printed")
+    mask_same_area: bool = option(False, "other images of an area are no negatives")
+    geo_clusters: int = option(100, "clusters of places that Geo tells apart")
+    queue: int = option(65536, "keys that MoCo compares with")
+    key_momentum: float = option(0.999, "how slowly MoCo's key encoder follows")
+    consistent_metadata: bool = option(False, "scales follow the crop, azimuths its flips and turns")
+    field_dropout: float = option(0.0, "probability of each field to be missing, anew in each epoch")
+    shuffle_fields: bool = option(False, "captions name the fields in any order, anew in each epoch")
+    digits: int | None = option(None, "most decimals of a number in a caption")
+    cyclic_features: bool = option(False, "times and angles as sine and cosine, places on the sphere, in the table")
     decouple_views: bool = option(False, "a third view for the metadata (Table 6)")
     augment: str = option("strong", "augmentation policy (Table 6)", AUGMENTATIONS)
     amp: str = option("auto", "auto: bf16, fp16 where the GPU lacks it, off on CPU", ("auto", "bf16", "fp16", "off"))
@@ -111,7 +131,7 @@ class Config:
 DEMO = {
     "metadata_encoder": "table", "vit": "vit_micro", "image_size": 64, "patch_size": 16, "metadata_width": 64,
     "mlp_hidden": 512, "epochs": 5, "batch_size": 64, "base_lr": 6e-3, "warmup_epochs": 0.3, "augment": "crop",
-    "workers": 1, "eval_every": 2, "log_every": 100,
+    "workers": 1, "eval_every": 2, "log_every": 100, "optimizer": "adamw", "queue": 4096,
 }  # fmt: skip
 
 
@@ -129,7 +149,42 @@ PRESETS = {
 
 
 MAY_BE_ZERO = {"weight_decay", "warmup_epochs", "loss_weight", "workers", "eval_every", "seed"}
-MAY_BE_ZERO |= {"save_every", "keep", "max_bad"}
+MAY_BE_ZERO |= {"save_every", "keep", "max_bad", "micro_batch", "field_dropout", "digits"}
+
+
+def configure(options: dict) -> Config:
+    """The configuration of a method with some options changed. BadInput when they do not go together."""
+    method = options.get("method", "satmips")
+    c = Config(**({"method": method} | METHODS[method] | options))
+    derived = {
+        "metadata_width": c.metadata_width or (TEXT_WIDTH if c.metadata_encoder == "text" else TABLE_WIDTH),
+        "data": c.data or str(Path("data") / "demo"),
+        "output": c.output or str(Path("runs") / f"{'' if c.data else 'demo-'}{c.method}"),
+    }
+    for name, value in asdict(c).items():
+        flag = "--" + name.replace("_", "-")
+        if name not in MAY_BE_ZERO and type(value) in (int, float) and not value > 0:
+            raise BadInput(f"{flag} {value}: must be positive")
+        if name in MAY_BE_ZERO and value is not None and not value >= 0:
+            raise BadInput(f"{flag} {value}: must not be negative")
+    text, pairs, moco = c.metadata_encoder == "text", c.image_image != "none", c.image_image == "moco"
+    for problem, message in (
+        (c.batch_size == 1, "--batch-size 1: a contrastive loss needs something to contrast with; at least 2"),
+        (not (c.metadata_image or c.geo or pairs), f"--method {c.method}: nothing is left to learn from"),
+        (c.decouple_views and not (c.metadata_image and pairs),
+         f"--decouple-views: {c.method} has one kind of view only; use --method satmips"),
+        (c.temporal and not pairs, f"--temporal: {c.method} compares no two views; use --image-image simclr"),
+        (c.mask_same_area and moco, "--mask-same-area: MoCo's queue keeps no areas; use --image-image simclr"),
+        (moco and c.queue < c.batch_size, f"--queue {c.queue}: shorter than a batch of {c.batch_size}"),
+        (c.micro_batch and c.vit == "resnet50", "--micro-batch: resnet50 needs the whole batch's statistics; use a ViT"),
+        (c.init and c.vit == "resnet50", "--init: weights for resnet50 are not read; use a ViT"),
+        ((c.shuffle_fields or c.digits is not None) and not text,
+         "--shuffle-fields and --digits change captions; use --metadata-encoder text"),
+        (c.cyclic_features and text, "--cyclic-features changes the table; use --metadata-encoder table"),
+    ):  # fmt: skip
+        if problem:
+            raise BadInput(message)
+    return dataclasses.replace(c, **derived)
 
 
 def parse_config(argv: list[str] | None) -> tuple[Config, str]:
@@ -138,31 +193,15 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
     for f in dataclasses.fields(Config):
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.type is bool:
-            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             kind = next(t for t in (int, float, str) if t is f.type or t in getattr(f.type, "__args__", ()))
-            text += "" if f.default in (None, "") else f" (default {f.default})"
+            text += "" if f.default in (None, "") or "by method" in text else f" (default {f.default})"
             parser.add_argument(flag, type=kind, choices=f.metadata["choices"], default=argparse.SUPPRESS, help=text)
     parser.add_argument("--preset", choices=tuple(PRESETS), default="table2", help="settings of a table of the paper")
     given = vars(parser.parse_args(argv))
     demo, preset = "data" not in given, given.pop("preset")
-    config = Config(**((DEMO if demo else {}) | PRESETS[preset] | given))
-    method = METHODS[config.method]
-    derived = {
-        "base_lr": method.base_lr if config.base_lr is None else config.base_lr,
-        "weight_decay": method.weight_decay if config.weight_decay is None else config.weight_decay,
-        "metadata_width": config.metadata_width or (TEXT_WIDTH if config.metadata_encoder == "text" else TABLE_WIDTH),
-        "data": config.data or str(Path("data") / "demo"),
-        "output": config.output or str(Path("runs") / f"{'demo-' if demo else ''}{config.method}"),
-    }
-    config = dataclasses.replace(config, **derived)
-    for name, value in asdict(config).items():
-        if name not in MAY_BE_ZERO and type(value) in (int, float) and not value > 0:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be positive")
-        if name in MAY_BE_ZERO and not value >= 0:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must not be negative")
-    if config.decouple_views and not (method.metadata_image and method.image_image):
-        raise BadInput(f"--decouple-views: {config.method} has one kind of view only; use --method satmips")
+    config = configure((DEMO if demo else {}) | PRESETS[preset] | given)
     return config, " ".join(["demo" if demo else "paper", preset])
 
 
@@ -241,7 +280,16 @@ def mean(values: Tensor) -> Tensor:
 
 
 # -----------------------------------------------------------------------------------------------------
-# Learning rate
+# Optimizer and learning rate
+
+
+def make_optimizer(model: SatMIP, config: Config) -> torch.optim.Optimizer:
+    """AdamW as SLIP's, or SGD as MoCo's, which decays every parameter; fused, so that the device may skip a step."""
+    if config.optimizer == "sgd":
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.SGD(trained, 0.0, momentum=0.9, weight_decay=config.weight_decay, fused=True)
+    groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-8, fused=True)
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
@@ -353,57 +401,126 @@ def restore(path: Path, config: Config, derived: dict, model: SatMIP, optimizer,
 # One step
 
 
+class Batch(NamedTuple):
+    """What a process learns from in one step, on the device."""
+
+    views: Callable[[slice], Tensor]  # samples -> their views [V, B, 3, h, w], made when asked for: they are large
+    metadata: tuple[Tensor, ...]  # what its encoder takes, each [B, ...]
+    size: int  # B
+    areas: Tensor | None = None  # [B], -1 where unknown
+    places: Tensor | None = None  # [B] clusters of places, -1 where unknown
+
+
 def make_views(images: Tensor, rows: Tensor, epoch: int, config: Config, statistics: tuple[list, list]) -> Tensor:
-    """uint8 images [B, h, w, 3] on the device -> standardised views [V, B, 3, size, size]."""
-    method, policy = METHODS[config.method], data.POLICIES[config.augment]
-    count = 3 if config.decouple_views else 2 if method.image_image else 1
+    """uint8 images [1, B, h, w, 3] on the device -> standardised views [V, B, 3, size, size]. Of [2, B, ...] the second
+    are each image's temporal partner, which the last view shows."""
+    count = 3 if config.decouple_views else 2 if config.image_image != "none" else 1
     views = []
     for view in range(count):
-        draws = data.draw(policy, images.shape[1], config.seed, epoch, rows.numpy(), view)
-        views.append(data.standardise(data.augment(images, draws, config.image_size), *statistics))
+        draws = data.draw(data.POLICIES[config.augment], images.shape[2], config.seed, epoch, rows.numpy(), view)
+        shown = images[-1 if view == count - 1 else 0]
+        views.append(data.standardise(data.augment(shown, draws, config.image_size), *statistics))
     return torch.stack(views)
 
 
-def compute_losses(embeddings, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """Embeddings -> (Eq. 4, what to log of it)."""
-    e, logged, metadata_image, image_image = embeddings, {}, None, None
+def to_device(
+    loaded: data.Loaded, epoch: int, areas: Tensor | None, places: Tensor | None, config: Config,
+    statistics: tuple[list, list], device: torch.device,
+) -> Batch:  # fmt: skip
+    """A batch of the workers -> the device, without waiting for it. areas, places: of all rows [n]."""
+    there = lambda x: x.to(device, non_blocking=True)  # noqa: E731
+    rows, images = loaded.rows, there(loaded.images).unflatten(0, (-1, len(loaded.rows)))
+    views = lambda piece: make_views(images[:, piece], rows[piece], epoch, config, statistics)  # noqa: E731
+    codes = (None if of is None else there(of[rows]) for of in (areas, places))
+    return Batch(views, tuple(map(there, loaded.metadata)), len(rows), *codes)
+
+
+def compute_losses(embeddings, batch: Batch, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """Embeddings -> (Eq. 4 and what else the method learns from, what to log of it)."""
+    e, parts, logged = embeddings, {}, {}
+    masked = losses.same_area(batch.areas) if config.mask_same_area else None
     if e.image is not None:
-        metadata_image = losses.metadata_image_loss(e.image, e.metadata, e.scale)
-        logged |= {"loss_metadata_image": metadata_image.loss, "accuracy_metadata_image": metadata_image.accuracy}
-    if e.first is not None:
-        image_image = losses.image_image_loss(e.first, e.second, config.temperature, config.same_view_negatives)
-        logged |= {"loss_image_image": image_image.loss, "accuracy_image_image": image_image.accuracy}
-    loss = losses.total_loss(metadata_image, image_image, config.loss_weight)
-    return loss, {"loss": loss} | logged
+        parts["metadata_image"] = losses.metadata_image_loss(e.image, e.metadata, e.scale, masked)
+        logged["temperature"] = 1 / e.scale
+    if e.queue is not None:
+        parts["image_image"] = losses.momentum_loss(e.first, e.second, e.queue, config.temperature)
+    elif e.first is not None:
+        c = config
+        parts["image_image"] = losses.image_image_loss(e.first, e.second, c.temperature, c.same_view_negatives, masked)
+    if e.place is not None:
+        parts["place"] = losses.place_loss(e.place, batch.places)
+    if masked is not None:
+        logged["masked"] = masked.float().mean()
+    loss = losses.total_loss(
+        parts.get("metadata_image"), parts.get("image_image"), config.loss_weight, parts.get("place")
+    )
+    figures = {f"{what}_{name}": getattr(part, what) for name, part in parts.items() for what in ("loss", "accuracy")}
+    return loss, {"loss": loss} | figures | logged
+
+
+def forward_backward(network, scaler, batch: Batch, config: Config, half: torch.autocast):
+    """One forward of all views and the metadata, the losses in float32, one backward -> embeddings, what to log.
+
+    With --micro-batch the same in the memory of a few samples: the backbones run without gradient, piece by piece;
+    heads and losses once on all their features; then the backbones again, each piece with its features' gradient. They
+    treat each sample by itself, so this is exact (the gradient cache of Gao et al., 2021).
+    """
+    if not config.micro_batch:
+        with half:
+            embeddings = network(batch.views(slice(None)), batch.metadata)
+        loss, logged = compute_losses(embeddings, batch, config)
+        scaler.scale(loss).backward()
+        return embeddings, logged
+
+    def encode(piece: slice) -> tuple[Tensor, ...]:
+        with half:
+            return network.encode(batch.views(piece), tuple(x[piece] for x in batch.metadata))
+
+    pieces = [slice(i, i + config.micro_batch) for i in range(0, batch.size, config.micro_batch)]
+    with torch.no_grad():
+        features = [torch.cat(parts) for parts in zip(*map(encode, pieces))]
+    features = [x.requires_grad_() for x in features]
+    with half:
+        embeddings = network.project(*features)
+    loss, logged = compute_losses(embeddings, batch, config)
+    scaler.scale(loss).backward()
+    for piece in pieces:
+        torch.autograd.backward(encode(piece), [x.grad[piece] for x in features])
+    if dist.is_initialized():  # DistributedDataParallel would do so after each piece
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        means = mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, means.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient))
+    return embeddings, logged
 
 
 def train_step(
-    network, optimizer, scaler, views: Tensor, metadata, config: Config, amp: torch.dtype | None, **also: float
+    network, optimizer, scaler, batch: Batch, config: Config, amp: torch.dtype | None, also: dict[str, float]
 ) -> dict[str, Tensor]:
-    """One forward of all views and the metadata, the losses in float32, one optimizer step -> what to log of it and
-    `also`, as means over all processes.
+    """Forward, backward, one optimizer step -> what to log of it and `also`, as means over all processes.
 
     If one of these figures is not finite, in any process, then none takes the step. They share one all-reduce, and
-    the device decides by itself: AdamW(fused=True) leaves weights and moments alone where found_inf is 1.
+    the device decides by itself: an optimizer with fused=True leaves weights and moments alone where found_inf is 1.
     """
     model = network.module if isinstance(network, DistributedDataParallel) else network
-    before = [buffer.clone() for buffer in model.buffers()]  # BatchNorm's statistics
-    with torch.autocast(views.device.type, amp, enabled=amp is not None):
-        embeddings = network(views, metadata)
-    loss, logged = compute_losses(embeddings, config)
-    if embeddings.scale is not None:
-        logged["temperature"] = 1 / embeddings.scale
+    before = [buffer.clone() for buffer in model.buffers()]  # BatchNorm's statistics, MoCo's queue
+    device = next(model.parameters()).device
+    if config.image_image == "moco":
+        model.follow(config.key_momentum)
     optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    half = torch.autocast(device.type, amp, enabled=amp is not None)
+    embeddings, logged = forward_backward(network, scaler, batch, config, half)
     scaler.unscale_(optimizer)
     logged["gradient"] = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    logged |= {name: torch.full((), float(value), device=views.device) for name, value in also.items()}
+    logged |= {name: torch.full((), float(value), device=device) for name, value in also.items()}
     means = mean(torch.stack([value.detach().float() for value in logged.values()]))
     skipped = ~means.isfinite().all()
     optimizer.found_inf = skipped.float()
     optimizer.step()  # not the scaler's, which would put its own found_inf in place of this one
     scaler.update()
     with torch.no_grad():
+        if config.image_image == "moco":
+            model.enqueue(losses.gather(embeddings.second))
         for buffer, old in zip(model.buffers(), before):
             buffer.copy_(torch.where(skipped, old, buffer))
         if embeddings.scale is not None:
@@ -537,7 +654,7 @@ class Watch:
 
     def note_skipped(self, step: int, broken: list[str]) -> None:
         config, n = self.config, len(self.split)
-        rows = next(iter(data.Order(n, config.batch_size, step, step + 1, config.seed, 0, 1)))  # of all processes
+        rows = data.Order(n, config.batch_size, config.seed)[step]  # of all processes
         files = [self.split.names[row] for row in rows.tolist()]
         self.log.append({"step": step + 1, "not_finite": broken, "files": files})
         write_lines(self.run / "log.jsonl", self.log)
@@ -623,11 +740,9 @@ def train(config: Config, preset: str) -> None:
     """The whole run, in the order of its banners."""
     # --- processes and precision ---
     world = World.join()
-    device, method = world.device, METHODS[config.method]
+    device = world.device
     if config.batch_size % world.size:
         raise BadInput(f"--batch-size {config.batch_size}: not a multiple of the {world.size} processes")
-    if config.batch_size == 1:
-        raise BadInput("--batch-size 1: a contrastive loss needs something to contrast with; at least 2")
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None, "auto": None}[config.amp]
     if config.amp == "auto" and device.type == "cuda":
         amp = evaluate.half_precision()
@@ -636,8 +751,9 @@ def train(config: Config, preset: str) -> None:
     if preset.startswith("demo") and world.first(lambda: not Path(config.data).exists()):
         world.print(f"no --data: preparing the embedded data (NASA imagery, about a minute, once) in {config.data}")
         world.first(lambda: data.prepare_demo(Path(config.data)))
-    encoder = config.metadata_encoder if method.metadata_image else "none"
+    encoder = config.metadata_encoder if config.metadata_image else "none"
     fields = world.first(lambda: data.choose_fields(Path(config.data), config.fields))
+    fields = fields if config.digits is None else rounded(fields, config.digits)
     config = dataclasses.replace(config, fields=",".join(field.name for field in fields))
     world.first(lambda: bool(data.read_dataset(config.data, fields, captions=encoder == "text")))  # caches it for all
     splits = data.read_dataset(config.data, fields, captions=encoder == "text")
@@ -652,19 +768,43 @@ def train(config: Config, preset: str) -> None:
         world.print(f"field {name} is missing in every training row: nothing is learned from it")
     schema = {
         "none": lambda: None, "text": lambda: np.unique(table.tokens.values).tolist(),
-        "table": lambda: TableSchema.fit(fields, table.numbers, table.categories),
+        "table": lambda: TableSchema.fit(fields, table.numbers, table.categories, config.cyclic_features),
     }[encoder]()  # fmt: skip
     metadata, test_metadata = (data.Metadata(split.table, encoder, schema) for split in splits)
     context = -(-max(metadata.longest, test_metadata.longest) // 8) * 8  # in tokens, from the data
+    per_epoch = len(splits[0]) // config.batch_size
+    if encoder != "none" and (config.consistent_metadata or config.field_dropout or config.shuffle_fields):
+        policy = data.POLICIES[config.augment] if config.consistent_metadata else None
+        variation = data.Variation(policy, config.field_dropout, config.shuffle_fields)
+        metadata = data.VariedMetadata(
+            splits[0], fields, encoder, schema, variation, config.seed, config.image_size, per_epoch
+        )
+    areas = places = centres = partners = None
+    if config.geo or config.temporal or config.mask_same_area:
+        world.first(lambda: bool(data.areas_and_dates(Path(config.data))))
+        known = data.areas_and_dates(Path(config.data))
+        area, date = (column.codes for column in known.categories)
+        if (config.temporal or config.mask_same_area) and (area < 0).all():
+            raise BadInput(f"{splits[0].source}: no row has an area, which --temporal and --mask-same-area need")
+        if config.geo:
+            centres = world.first(
+                lambda: data.cluster_places(data.area_places(known), config.geo_clusters, config.seed)
+            )
+            if not len(centres):
+                raise BadInput(f"{splits[0].source}: no row has a location, which --geo needs")
+            places = torch.from_numpy(data.nearest_centre(known.numbers, centres))
+        areas = torch.from_numpy(area).long() if config.mask_same_area else None
+        partners = data.Partners(area, date, config.seed, per_epoch) if config.temporal else None
     statistics = world.first(lambda: data.channel_statistics(splits[0], config.image_size, config.workers))
 
     # --- model and optimizer ---
     model_config = ModelConfig(
         config.image_size, config.patch_size, config.vit, encoder, config.metadata_width, config.metadata_layers,
         vocabulary=len(schema) + 1 if encoder == "text" else 0, context=context,
-        numbers=len(schema.numbers) if encoder == "table" else 0,
+        numbers=len(schema.mean) if encoder == "table" else 0,
         categories=tuple(len(v) + 2 for v in schema.categories.values()) if encoder == "table" else (),
-        image_image=method.image_image, mlp_hidden=config.mlp_hidden,
+        image_image=config.image_image, mlp_hidden=config.mlp_hidden, mlp_out=config.mlp_out,
+        queue=config.queue if config.image_image == "moco" else 0, places=0 if centres is None else len(centres),
     )  # fmt: skip
     torch.manual_seed(config.seed)
     try:
@@ -675,14 +815,14 @@ def train(config: Config, preset: str) -> None:
     if config.init:  # NOTE[PAPER] channel statistics stay the dataset's (supplement A), whatever the weights had seen
         world.print(load_encoder(model.image_encoder, Path(config.init), config.init_source))
     model.to(device).train()
-    groups = parameter_groups(model, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
     # --- resume ---
     derived = {
         "fields": [asdict(field) for field in fields], "schema": asdict(schema) if encoder == "table" else schema,
         "rows": f"{len(splits[0])} {hashlib.sha256(splits[0].names.values).hexdigest()}",
+        "geo_centres": None if centres is None else centres.tolist(),
     }  # fmt: skip
     path, saved, start = Path(config.output) / "checkpoint.pt", {}, 0
     world.first(lambda: path.parent.mkdir(parents=True, exist_ok=True))
@@ -691,10 +831,10 @@ def train(config: Config, preset: str) -> None:
         start = saved["step"]
     log = [entry for entry in read_lines(path.with_name("log.jsonl")) if entry["step"] <= start]
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.14's new name for it is unknown to 2.11
-    network = DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
+    wrapped = world.size > 1 and not config.micro_batch
+    network = DistributedDataParallel(model, broadcast_buffers=False) if wrapped else model
 
     # --- say what is about to happen ---
-    per_epoch = len(splits[0]) // config.batch_size
     steps = config.epochs * per_epoch
     options = asdict(config)
     world.print(f"{preset} preset and your options: " + ", ".join(f"{name}={value}" for name, value in options.items()))
@@ -759,22 +899,22 @@ def train(config: Config, preset: str) -> None:
     # --- train ---
     if whole.steps == per_epoch:  # stopped between an epoch's last step and its end
         end_epoch(start)
-    order, faults = data.Order(len(splits[0]), config.batch_size, start, steps, config.seed, world.rank, world.size), {}
-    batches = data.load(splits[0], config.image_size, order, config.workers, faults)
+    order, faults = data.Order(len(splits[0]), config.batch_size, config.seed, world.rank, world.size), {}
+    batches = data.load(
+        splits[0], config.image_size, order, config.workers, faults, range(start, steps), metadata, partners
+    )
     watch, signals = Watch(world, config, splits[0], scaler, log), Signals()
     began, line = time.perf_counter(), Meter(device)
     for step in range(start, steps):
         epoch, asked = step // per_epoch, time.perf_counter()
-        images, rows = next(batches)
+        loaded = next(batches)
         waited = time.perf_counter() - asked
         rate = learning_rate(config, step, per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        views = make_views(images.to(device, non_blocking=True), rows, epoch, config, statistics)
-        logged = train_step(
-            network, optimizer, scaler, views, metadata.batch(rows, device), config, amp,
-            unreadable=len(faults) * world.size, stop=signals.since is not None,
-        )  # fmt: skip
+        batch = to_device(loaded, epoch, areas, places, config, statistics, device)
+        also = {"unreadable": len(faults) * world.size, "stop": signals.since is not None}
+        logged = train_step(network, optimizer, scaler, batch, config, amp, also)
         stop = watch.look(step, logged, dict(faults))
         faults.clear()
         del logged["stop"]
