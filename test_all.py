@@ -190,7 +190,12 @@ RUNS = {  # together they use every method, encoder and switch
     "satmip": "--method satmip --metadata-encoder text",
     "satmips": "--method satmips --metadata-encoder text",
     "table": "--method satmips --metadata-encoder table --fields all --decouple-views",
-}
+    "geo": "--method satmips-geo-tp --metadata-encoder table --fields all --consistent-metadata --field-dropout 0.2 "
+           "--cyclic-features --mask-same-area --geo-clusters 5",
+    "varied": "--method satmip --metadata-encoder text --shuffle-fields --digits 2 --field-dropout 0.3 --micro-batch 3",
+    "moco": "--method moco-geo-tp --vit vit_micro --queue 40 --optimizer adamw",
+    "resnet": "--method moco --vit resnet50 --queue 32 --base-lr 0.001",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -382,6 +387,31 @@ TIMES = {
 def test_timestamps(text):
     """Year, month, day, hour, weekday in UTC; a date may stop early; a leap second is a time."""
     np.testing.assert_equal(parse_timestamp(text), TIMES[text])
+
+
+def test_cyclic_features():
+    """December is next to January, the date line no border; what is missing stays missing, the rest as it was."""
+    fields = parse_fields("gsd,timestamp,location,sun_azimuth_angle")
+    rows = [{"gsd": [1, 2], "timestamp": t, "location": p, "sun_azimuth_angle": a} for t, p, a in (
+        ("2015-12-31T23:00:00Z", [180, 10], 359), ("2016-01-01T00:00:00Z", [-180, 10], 1), (None, None, None))]  # fmt: skip
+    numbers = data.tabulate(rows, fields, captions=False).numbers
+    found = metadata.cyclic_features(metadata.number_columns(fields), numbers)
+    assert found.shape == (3, 2 + 2 + 3 * 2 + 3 + 2) and np.isnan(found[2, 2:]).all() and (found[:, :2] == [1, 2]).all()
+    month, place, azimuth = found[:2, 3:5], found[:2, 10:13], found[:2, 13:]
+    assert worst(*place) < 1e-12 and worst(*azimuth) < 0.04 and abs(np.linalg.norm(month[0] - month[1]) - 0.5176) < 1e-3
+    longitude, latitude = np.radians([180, 10])
+    sphere = [np.sin(longitude) * np.cos(latitude), np.cos(longitude) * np.cos(latitude), np.sin(latitude)]
+    assert worst(place[0], sphere) < 1e-12
+    schema = TableSchema.fit(fields, numbers, [], cyclic=True)
+    encoded, _ = schema.encode(numbers, [])
+    assert encoded.shape == found.shape and worst(encoded[:2].mean(0), np.zeros(15)) < 1e-6 and len(schema.mean) == 15
+
+
+def test_rounded_captions():
+    """No number has more decimals than asked for; formats with fewer, and powers of ten, stay."""
+    record = {"gsd": [1.23456, 2.5], "location": [1.123456, 2.5], "cloud_cover": 7, "pixel_size": [1.234e-5, 2e-5]}
+    text = caption(record, metadata.rounded(ALL, 1))
+    assert text == "gsd: [1.2, 2.5], pixel_size: [1.23e-05, 2.00e-05], location: [1.1, 2.5], cloud_cover: 7"
 
 
 def test_schema_is_fitted_on_the_known_training_values():
@@ -702,6 +732,31 @@ def test_losses_equal_loops_over_the_papers_equations():
     assert losses.total_loss(mi, None) == mi.loss and losses.total_loss(None, ii, 0.3) == ii.loss
 
 
+def test_losses_of_the_baselines_equal_loops():
+    """MoCo's with its queue, Geo's with unknown places, and the paper's where other images of an area are masked."""
+    torch.manual_seed(0)
+    a, b, queue = (F.normalize(torch.randn(n, 8), dim=1) for n in (6, 6, 9))
+    moco = losses.momentum_loss(a, b, queue, 0.2)
+    rows = [[math.exp(float(q @ k) / 0.2) for k in (own, *queue)] for q, own in zip(a, b)]
+    assert abs(moco.loss + np.mean([math.log(row[0] / sum(row)) for row in rows])) < 1e-5
+    assert abs(moco.accuracy - np.mean([max(row) == row[0] for row in rows])) < 1e-6
+    logits, places = torch.randn(5, 3), torch.tensor([2, -1, 0, 1, -1])
+    known = [-math.log(float(row.softmax(0)[i])) for row, i in zip(logits, places.tolist()) if i >= 0]
+    assert abs(losses.place_loss(logits, places).loss - sum(known) / 5) < 1e-5
+    areas = torch.tensor([3, 1, 3, -1, -1, 3])
+    masked = losses.same_area(areas)
+    assert masked.nonzero().tolist() == [[0, 2], [0, 5], [2, 0], [2, 5], [5, 0], [5, 2]]
+    for others in (None, a):
+        found = losses.contrast(a, b, 5.0, others, masked)
+        total = 0.0
+        for i in range(6):
+            kept = [k for k in range(6) if not masked[i, k]]
+            terms = [math.exp(5 * float(a[i] @ b[k])) for k in kept]
+            terms += [math.exp(5 * float(a[i] @ a[k])) for k in kept if k != i] if others is not None else []
+            total -= math.log(math.exp(5 * float(a[i] @ b[i])) / sum(terms)) / 6
+        assert abs(found.loss - total) < 1e-5
+
+
 @pytest.mark.parametrize("K", [2, 16])
 def test_closed_forms(K):
     """No information costs log K (log(2K-1) with same-view negatives); perfect separation costs nothing."""
@@ -733,7 +788,10 @@ def global_step(rank: int, world: int, options: dict, detached: bool = False) ->
     m = small_model(encoder, config.image_image, places=3 * config.geo, queue=20).train()
     wrapped = dist.is_initialized() and not config.micro_batch
     network = torch.nn.parallel.DistributedDataParallel(m, broadcast_buffers=False) if wrapped else m
-    (views, meta), rows = small_batch(8, 3 if config.decouple_views else 2), slice(rank * 8 // world, (rank + 1) * 8 // world)
+    (views, meta), rows = (
+        small_batch(8, 3 if config.decouple_views else 2),
+        slice(rank * 8 // world, (rank + 1) * 8 // world),
+    )
     codes = {"areas": torch.tensor([0, 1, 1, -1, 0, 0, -1, 2]), "places": torch.tensor([0, 2, 1, -1, 0, -1, 1, 2])}
     gather, scaler = losses.gather, torch.amp.GradScaler("cpu", enabled=False)
     if detached:  # what SLIP does: other processes' rows come without gradient
@@ -823,6 +881,7 @@ def test_images_of_other_modes_and_sizes(mode, tmp_path):
 
 def test_order():
     """Each row at most once an epoch; epochs and seeds differ; processes share the batches; a restart goes on."""
+
     def order(start=0, seed=0, rank=0, world=1):
         steps = data.Order(50, 8, seed, rank, world)
         return [steps[step].tolist() for step in range(start, 12)]
@@ -838,6 +897,131 @@ def test_order():
 
 # -----------------------------------------------------------------------------------------------------
 # data: augmentation
+
+
+# -----------------------------------------------------------------------------------------------------
+# data: areas, places, and records that vary
+
+
+def test_temporal_partners():
+    """Of the same area and another date whenever there is one, each alike often; a function of seed, epoch and row."""
+    areas = np.array([0, 0, 0, 1, 1, -1, 2, 0, 3, 3, 3, -1])
+    dates = np.array([5, 6, 6, 5, 5, 7, 7, 8, -1, -1, 4, 7])
+    partners, rows = data.Partners(areas, dates, seed=0, per_epoch=1), torch.arange(12)
+    drawn = torch.stack([partners(rows, epoch) for epoch in range(3000)])
+    candidates = [[k for k in range(12) if areas[k] == areas[i] >= 0 and k != i and (dates[k] != dates[i] or dates[i] < 0)]
+                  for i in range(12)]  # fmt: skip
+    for i, allowed in enumerate(candidates):
+        counts = torch.bincount(drawn[:, i], minlength=12).tolist()
+        assert {k for k, count in enumerate(counts) if count} == set(allowed or [i])
+        assert all(likely(counts[k], 3000, 1 / len(allowed)) for k in allowed)
+    assert torch.equal(partners(rows[4:9], 2), drawn[2, 4:9]) and not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(data.Partners(areas, dates, 0, per_epoch=4)(rows, 11), drawn[2])
+    assert not torch.equal(data.Partners(areas, dates, 1, 1)(rows, 2), drawn[2])
+
+
+def test_images_come_with_their_partners(dataset):
+    """Behind the images of a batch stand those of the rows that `partners` names."""
+    split = data.read_split(dataset / "train", DEFAULT)
+    known = data.areas_and_dates(dataset)
+    area, date = (column.codes for column in known.categories)
+    partners = data.Partners(area, date, 0, 3)
+    (batch,) = data.load(split, 32, [torch.tensor([4, 20, 9])], 0, partners=partners)
+    rows = [4, 20, 9, *partners(torch.tensor([4, 20, 9]), 0).tolist()]
+    assert batch.rows.tolist() == rows[:3] and [area[r] for r in rows[:3]] == [area[r] for r in rows[3:]]
+    for image, row in zip(batch.images, rows, strict=True):
+        assert np.array_equal(image, data.load_image(dataset / "train" / split.names[row], 32))
+
+
+def test_clusters_of_places():
+    """k-means: each centre is the mean of what is nearest to it, blobs are found exactly, areas count once, an unknown
+    place has no cluster."""
+    rng = np.random.default_rng(0)
+    blobs = np.array([[0.0, 0], [50, 10], [-80, 40]])
+    points = np.concatenate([blob + rng.normal(size=(40, 2)) for blob in blobs])
+    centres = data.cluster_places(points, 3, seed=1)
+    assert sorted(map(tuple, np.round(centres, 9))) == sorted(
+        tuple(np.round(p.mean(0), 9)) for p in np.split(points, 3)
+    )
+    many = data.cluster_places(points, 20, seed=0)
+    group = [min(range(20), key=lambda c: ((p - many[c]) ** 2).sum()) for p in points]  # noqa: B023
+    assert data.nearest_centre(points, many).tolist() == group
+    assert all(worst(many[c], points[[g == c for g in group]].mean(0)) < 1e-9 for c in range(20))
+    assert np.array_equal(many, data.cluster_places(points[::-1], 20, 0)), "the order of rows does not matter"
+    assert data.nearest_centre(np.array([[nan, 3], [1, 1]]), centres).tolist()[0] == -1
+    assert len(data.cluster_places(np.array([[1.0, 2], [1, 2], [nan, 0]]), 5, 0)) == 1
+    areas = metadata.Categories(["a"], np.array([0, 0, -1, -1, 0]))
+    table = data.Table(None, np.array([[0, 0], [2, 4], [9, 9], [7, 7], [nan, 0]]), [areas])
+    assert sorted(data.area_places(table).tolist()) == [[1, 2], [7, 7], [9, 9]]
+
+
+def test_metadata_follow_the_view():
+    """A crop of half the side halves the scale; a clockwise quarter turn adds 90 degrees to an azimuth, a flip mirrors
+    it; checked against where an arrow in the image goes."""
+    record = {
+        "gsd": [2.0, 3.0],
+        "multispectral_gsd": 8.0,
+        "pixel_size": [1e-5, 2e-5],
+        "sun_azimuth_angle": 30.0,
+        "x": 1,
+    }
+    record["target_azimuth_angle"] = 350.0
+    view = lambda box, flip, transpose: data.follow_view(record, np.array(box, float), np.array(flip), transpose, 64)  # noqa: E731
+    assert view([0, 0, 64, 64], [False, False], False) == record
+    half = view([0, 0, 16, 32], [False, False], False)
+    assert half["gsd"] == [1.0, 0.75] and half["multispectral_gsd"] == 8 * 0.375 and half["pixel_size"] == [5e-6, 5e-6]
+    assert view([0, 0, 16, 32], [False, False], True)["gsd"] == [0.75, 1.0], "x and y change places"
+    azimuths = lambda flip, transpose: [  # noqa: E731
+        round(view([0, 0, 64, 64], flip, transpose)[f"{name}_azimuth_angle"], 9) for name in ("sun", "target")
+    ]
+    assert azimuths([False, True], False) == [330, 10] and azimuths([True, False], False) == [150, 190]
+    assert azimuths([True, False], True) == [120, 80], "clockwise quarter turn: flipped upside down, then transposed"
+    for flip, transpose in itertools.product(itertools.product([False, True], repeat=2), [False, True]):
+        image = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+        x, y = (round(31.5 + 25 * s) for s in (math.sin(math.radians(30)), -math.cos(math.radians(30))))
+        image[0, y - 1 : y + 2, x - 1 : x + 2] = 255
+        seen = data.augment(image, fixed(1, flip=[flip], transpose=[transpose]), 64)[0, 0]
+        row, column = (seen.sum(1 - axis) @ torch.arange(64.0) / seen.sum() - 31.5 for axis in (0, 1))
+        turned = math.degrees(math.atan2(column, -row)) % 360
+        assert abs(turned - azimuths(flip, transpose)[0]) < 3
+
+
+def test_varied_metadata(dataset):
+    """Fields vanish with their probability, captions name them in any order, scales follow the first view; each a
+    function of seed, epoch and row; without any of it the rows read as always."""
+    fields = ALL[:5]
+    split = data.read_split(dataset / "train", fields, captions=True)
+    rows, schema = torch.tensor([0, 5, 12, 5]), list(range(49408))
+    make = lambda per_epoch=3, **how: data.VariedMetadata(  # noqa: E731
+        split, fields, "text", schema, data.Variation(**how), 0, 64, per_epoch
+    )
+    plain = data.Metadata(split.table, "text", schema)
+    assert same(make().batch(rows), plain.batch(rows))
+    words = lambda step: [tuple(ids[:n].tolist()) for ids, n in zip(*make(shuffle=True).batch(rows, step))]  # noqa: E731
+    drawn, record = [words(step) for step in range(180)], split.record(0)
+    orders = itertools.permutations([field for field in fields if field.name in record])
+    expected = {tuple(Tokenizer()(caption(record, order))) for order in orders}
+    assert {first for first, *_ in drawn} == expected and len(expected) > 5
+    assert drawn[::3] == drawn[1::3] == drawn[2::3], "the three steps of an epoch"
+    assert all(second == last for _, second, _, last in drawn) and len({second for _, second, *_ in drawn}) > 1
+    table = data.read_split(dataset / "train", fields)
+    table_schema = TableSchema.fit(fields, table.table.numbers, table.table.categories)
+    dropped = data.VariedMetadata(table, fields, "table", table_schema, data.Variation(dropout=0.3), 0, 64, 1)
+    clean, many = data.Metadata(table.table, "table", table_schema), torch.arange(48)
+    known, lost = ~clean.batch(many)[0].isnan(), 0
+    for step in range(30):
+        numbers, _ = dropped.batch(many, step)
+        assert (numbers.isnan() | (numbers == clean.batch(many)[0])).all()
+        lost += (numbers.isnan() & known)[:, 0].sum().item()
+    assert likely(lost, 30 * known[:, 0].sum().item(), 0.3)
+    policy = data.POLICIES["crop"]
+    consistent = data.VariedMetadata(
+        table, fields, "table", table_schema, data.Variation(consistent=policy), 7, 64, 1
+    ).batch(many, 2)[0]
+    draws = data.draw(policy, 64, 7, 2, many.numpy(), 0)
+    raw = consistent.double() * torch.tensor(table_schema.std) + torch.tensor(table_schema.mean)
+    expected = table.table.numbers[:, 0] * draws.box[:, 3] / 64
+    assert worst(raw[:, 0].nan_to_num(), np.nan_to_num(expected)) < 1e-4
 
 
 def fixed(n: int, **parameters) -> data.Draws:
@@ -2078,7 +2262,11 @@ def test_presets():
     demo, name = train.parse_config(["--epochs", "3"])
     assert name == "demo table2" and {**dataclasses.asdict(demo), **train.DEMO, "epochs": 3} == dataclasses.asdict(demo)
     table, name = train.parse_config(["--data", "DIR", "--preset", "table6-decoupled", "--epochs", "2"])
-    assert name == "paper table6-decoupled" and (table.decouple_views, table.epochs, table.vit) == (True, 2, "vit_small")
+    assert name == "paper table6-decoupled" and (table.decouple_views, table.epochs, table.vit) == (
+        True,
+        2,
+        "vit_small",
+    )
     for name in train.PRESETS:
         assert train.parse_config(["--preset", name])[0].image_size == 64
 
@@ -2156,6 +2344,78 @@ def test_options_reach_the_loss():
         ii = losses.image_image_loss(e.first, e.second, temperature, same_view)
         loss, _ = train.compute_losses(e, batch_of(*batch), train.configure(options))
         assert abs(loss - (mi.loss + weight * ii.loss)) < 1e-5
+
+
+def test_moco():
+    """The key encoder follows the queries' by its momentum and learns nothing; keys of the last batches fill the queue,
+    the oldest first to go; the loss is against what was there before."""
+    config = train.configure({"method": "moco", "vit": "vit_micro", "queue": 256, "key_momentum": 0.75})
+    m = small_model("none", "moco", queue=20).train()
+    keys, queries = ([*e.parameters(), *h.parameters()] for e, h in (
+        (m.key_encoder, m.key_mlp), (m.image_encoder, m.image_mlp)))  # fmt: skip
+    assert all(map(torch.equal, keys, queries)) and not any(p.requires_grad for p in keys)
+    optimizer, batch = train.make_optimizer(m, dataclasses.replace(config, base_lr=0.1)), small_batch(8)
+    optimizer.param_groups[0]["lr"] = 0.1
+    assert optimizer.param_groups[0]["momentum"] == 0.9 and optimizer.param_groups[0]["weight_decay"] == 1e-4
+    for step in range(3):
+        follow = [0.75 * key + 0.25 * query for key, query in zip(keys, queries)]
+        queue, before = m.queue.clone(), copy.deepcopy(m)
+        logged = train.train_step(
+            m, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch_of(*batch), config, None, {}
+        )
+        assert all(worst(key, expected) < 1e-6 for key, expected in zip(keys, follow))
+        assert not all(map(torch.equal, queries, [p for p in before.parameters() if p.requires_grad]))
+        before.follow(0.75)
+        with torch.no_grad():
+            unit = lambda x: F.normalize(x, dim=1)  # noqa: E731
+            own = unit(before.key_mlp(before.key_encoder(batch[0][1])))
+            query = unit(before.image_mlp(before.image_encoder(batch[0][0])))
+        terms = [[math.exp(float(q @ k) / 0.2) for k in (own[i], *queue)] for i, q in enumerate(query)]
+        assert abs(logged["loss"] + np.mean([math.log(t[0] / sum(t)) for t in terms])) < 1e-4
+        at = [(8 * step + i) % 20 for i in range(8)]
+        assert worst(m.queue[at], own) < 1e-5
+        left = [i for i in range(20) if i not in at]
+        assert torch.equal(m.queue[left], queue[left])
+    skipped = train.train_step(
+        m, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch_of(*batch),
+        dataclasses.replace(config, temperature=math.nan), None, {},
+    )  # fmt: skip
+    assert skipped["skipped"] and m.enqueued == 24, "what a step that is not finite has found is not kept"
+
+
+def test_wrong_combinations():
+    """What cannot go together is said in one line before anything is read."""
+    for options, message in (
+        ("--method satmip --temporal", "--temporal: satmip compares no two views"),
+        ("--method satmip --no-metadata-image", "nothing is left to learn from"),
+        ("--method moco --mask-same-area", "queue keeps no areas"),
+        ("--method moco --queue 32", "--queue 32: shorter than a batch of 64"),
+        ("--method simclr --vit resnet50 --micro-batch 8", "--micro-batch: resnet50"),
+        ("--method satmips --digits 2", "change captions; use --metadata-encoder text"),
+        ("--metadata-encoder text --cyclic-features", "changes the table"),
+        ("--method moco --vit resnet50 --init x.pt", "--init: weights for resnet50"),
+        ("--method simclr --decouple-views", "--decouple-views: simclr has one kind of view"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            train.parse_config(options.split())
+
+
+def test_methods_are_rows_of_options():
+    """Each named method has its parts; a part may be set by itself; MoCo's recipe is its authors'."""
+    parts = lambda c: (c.metadata_image, c.image_image, c.geo, c.temporal)  # noqa: E731
+    of = lambda text: train.parse_config(["--data", "DIR", *text.split()])[0]  # noqa: E731
+    assert parts(of("--method satmips-geo-tp")) == (True, "simclr", True, True)
+    assert parts(of("--method simclr --geo")) == parts(of("--method simclr-geo")) == (False, "simclr", True, False)
+    assert parts(of("--method satmips-tp --no-temporal --image-image moco")) == (True, "moco", False, False)
+    moco = of("--method moco-tp")
+    assert (moco.optimizer, moco.base_lr, moco.vit, moco.queue, moco.temperature) == (
+        "sgd",
+        0.03,
+        "resnet50",
+        65536,
+        0.2,
+    )
+    assert (moco.batch_size, moco.weight_decay, moco.mlp_out, moco.key_momentum) == (256, 1e-4, 128, 0.999)
 
 
 def test_temperature():
@@ -2384,13 +2644,15 @@ def test_loading_does_not_grow(dataset):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_leaves_its_results(run, name):
     """Checkpoint, a log line an epoch, scores of every kind of features, pictures; missing values and all."""
-    has_metadata, has_views = name != "simclr", name != "satmip"
+    config = checkpoint(run(name))["config"]
+    has_metadata, has_views = config["metadata_image"], config["image_image"] != "none"
     files = ["checkpoint.previous.pt", "checkpoint.pt", "log.jsonl", "neighbours.png", "places.png", "results.jsonl"]
     assert sorted(p.name for p in run(name).iterdir()) == [f for f in files if has_metadata or f != "places.png"]
     assert all(min(Image.open(picture).size) > 100 for picture in run(name).glob("*.png"))
     lines, results = json_lines(run(name) / "log.jsonl"), json_lines(run(name) / "results.jsonl")
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 3), (2, 6)]
-    assert ("loss_metadata_image" in lines[0], "loss_image_image" in lines[0]) == (has_metadata, has_views)
+    losses_of = {key: has for key, has in zip(("metadata_image", "image_image"), (has_metadata, has_views))}
+    assert all((f"loss_{key}" in lines[0]) == has for key, has in (losses_of | {"place": config["geo"]}).items())
     assert len({r["features"] for r in results}) == (6 if has_metadata else 3)
     assert {r["protocol"] for r in results} == {"knn", "linear"} and all(0 <= r["macro_f1"] <= 1 for r in results)
     assert {(r["train"], r["test"]) for r in results} == {(43, 15)}, "rows with a label"
@@ -2441,7 +2703,9 @@ def stop_at(step: int, number: int):
     return replaced
 
 
-@pytest.mark.parametrize("name, workers", [("simclr", 0), ("satmip", 2), ("satmips", 0), ("table", 2)])
+@pytest.mark.parametrize(
+    "name, workers", [("simclr", 0), ("satmip", 2), ("table", 2), ("geo", 0), ("varied", 2), ("moco", 0)]
+)
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(run, dataset, tmp_path, monkeypatch, capsys, name, workers):
     """Killed in the middle of the first epoch, told to stop in the second: the same weights, optimizer and log, bit
     by bit, and statuses that say what happened."""
@@ -2633,7 +2897,18 @@ def parent(stat: Path) -> int | None:
 def test_signals_to_a_real_process(dataset, tmp_path):
     """Two SIGTERM: at once, without saving. Ctrl-C: no worker stays. A killed worker: one line. The second is sent
     to the whole session, as a terminal does."""
-    argv = [*TINY, "--data", dataset, "--output", tmp_path / "run", *RUNS["simclr"].split(), "--workers", 2, "--epochs", 9]
+    argv = [
+        *TINY,
+        "--data",
+        dataset,
+        "--output",
+        tmp_path / "run",
+        *RUNS["simclr"].split(),
+        "--workers",
+        2,
+        "--epochs",
+        9,
+    ]
     for case, code in {"twice": 143, "interrupt": 130, "worker": 1}.items():
         (process,) = start(tmp_path, argv, fault=sleep_in_step_two)
         said = tmp_path / "said-0"

@@ -445,8 +445,8 @@ def compute_losses(embeddings, batch: Batch, config: Config) -> tuple[Tensor, di
     if e.queue is not None:
         parts["image_image"] = losses.momentum_loss(e.first, e.second, e.queue, config.temperature)
     elif e.first is not None:
-        c = config
-        parts["image_image"] = losses.image_image_loss(e.first, e.second, c.temperature, c.same_view_negatives, masked)
+        options = (config.temperature, config.same_view_negatives, masked)
+        parts["image_image"] = losses.image_image_loss(e.first, e.second, *options)
     if e.place is not None:
         parts["place"] = losses.place_loss(e.place, batch.places)
     if masked is not None:
