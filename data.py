@@ -936,6 +936,7 @@ class VariedMetadata(Metadata):
         side: int, per_epoch: int,
     ):  # fmt: skip
         super().__init__(split.table, encoder, schema)
+        self.longest += variation.shuffle * len(fields)  # a comma may become a token of its own
         self.split, self.fields, self.schema, self.variation = split, fields, schema, variation
         self.seed, self.side, self.per_epoch = seed, side, per_epoch
 
@@ -951,7 +952,7 @@ class VariedMetadata(Metadata):
         kept = [[self.fields[j] for j in js if chance[i, j] >= vary.dropout] for i, js in enumerate(order)]
         records = [{f.name: r[f.name] for f in fields if f.name in r} for r, fields in zip(records, kept)]
         table = tabulate(records, self.fields, self.encoder == "text", kept if vary.shuffle else None)
-        return Metadata(table, self.encoder, self.schema).batch(torch.arange(len(rows)))
+        return Metadata(table, self.encoder, self.schema, self.longest).batch(torch.arange(len(rows)))
 
 
 # -----------------------------------------------------------------------------------------------------
