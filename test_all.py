@@ -818,12 +818,33 @@ def normalise(kind: type[torch.nn.Module], rank: int, world: int) -> list[torch.
     return [y[-2:].detach(), part.grad[-2:], norm.running_mean, norm.running_var]
 
 
+def shuffled_keys(rank: int, world: int) -> torch.Tensor:
+    """MoCo's ResNet-50 keys of this process's part of 8 images, after one batch was enqueued."""
+    m, views = resnet_moco()
+    m.enqueue(torch.ones(8, 8))
+    return m.encode_keys(views.chunk(world)[rank])
+
+
+def expected_keys(world: int) -> torch.Tensor:
+    """Those of the last process: every process normalises another shuffled share of the whole batch."""
+    m, views = resnet_moco()
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(8)) if world > 1 else torch.arange(8)
+    with torch.no_grad():
+        keys = torch.cat([copy.deepcopy(m.key_encoder)(views[share]) for share in order.chunk(world)])
+    return keys[order.argsort()].chunk(world)[-1]
+
+
+def resnet_moco() -> tuple[model.SatMIP, torch.Tensor]:
+    m = small_model("none", "moco", vit="resnet50", queue=8, mlp_out=8).train()
+    return m, torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
 def process(rank: int, world: int, folder: str) -> None:
     """What each process does; the last one writes down what it got."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     results = [global_step(rank, world, case) for case in CASES] + [global_step(rank, world, {}, detached=True)]
-    results.append(normalise(model.BatchNorm, rank, world))
+    results += [normalise(model.BatchNorm, rank, world), shuffled_keys(rank, world)]
     if rank == world - 1:
         torch.save(results, f"{folder}/results.pt")
     dist.destroy_process_group()
@@ -834,7 +855,8 @@ def test_processes_together_equal_one_on_the_whole_batch(world, tmp_path):
     """Losses, every parameter's gradient and BatchNorm's statistics; a gather that loses its gradient is seen."""
     multiprocessing.set_forkserver_preload(["test_all"])  # imports once, not once a process
     mp.start_processes(process, (world, str(tmp_path)), nprocs=world, start_method="forkserver")
-    *results, detached, normalised = torch.load(tmp_path / "results.pt")
+    *results, detached, normalised, keys = torch.load(tmp_path / "results.pt")
+    assert worst(keys, expected_keys(world)) < 1e-4
     assert all(worst(a, b) < 1e-5 for a, b in zip(normalised, normalise(torch.nn.BatchNorm2d, 0, 1), strict=True))
     for case, result in zip(CASES, results, strict=True):
         plain = {name: value for name, value in case.items() if name != "micro_batch"}
