@@ -3055,7 +3055,7 @@ def write_curves(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["simclr", "satmips"])
+@pytest.mark.parametrize("name", ["simclr", "satmips", "geo", "moco"])
 def test_torchrun_equals_one_process(run, dataset, tmp_path, name):
     """Two processes with half the batch each: the same losses and, where gradients are not mere noise, weights."""
     argv = [*TINY, "--data", str(dataset), "--output", str(tmp_path), *RUNS[name].split()]
