@@ -635,7 +635,8 @@ def channel_statistics(split: Split, size: int, workers: int, most: int = 10_000
 
 
 # -----------------------------------------------------------------------------------------------------
-# Augmentation, on batches, on the device (supplement B)
+# Augmentation, on the device (supplement B): a batch as a whole on a GPU, view by view on a CPU. The parameters and
+# the colours are the same code; only cropping and blurring are written twice.
 
 
 @dataclass(frozen=True)
@@ -702,6 +703,23 @@ def draw(policy: Policy, side: int, seed: int, epoch: int, rows: np.ndarray, vie
     )  # fmt: skip
 
 
+def on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.asarray(values, np.float32)).to(device, non_blocking=True)
+
+
+def crop_each(images: Tensor, draws: Draws, size: int) -> Tensor:
+    """uint8 [B, h, w, 3] -> float32 [B, 3, size, size] in 0..1: crop, flips, quarter turn. For a CPU: four times as
+    fast there as crop_all, and the same but for a rounding to 8 bits."""
+    views = torch.empty(len(images), 3, size, size)
+    parameters = zip(images, draws.box.astype(int).tolist(), draws.flip.tolist(), draws.transpose.tolist())
+    for i, (image, (top, left, height, width), flips, transposed) in enumerate(parameters):
+        x = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
+        x = torch.nn.functional.interpolate(x, (size, size), mode="bilinear", antialias=True)[0]
+        x = x.flip([axis for axis, flipped in zip((1, 2), flips) if flipped]) if any(flips) else x
+        views[i] = x.transpose(1, 2) if transposed else x
+    return views.div_(255)
+
+
 def resampling(start: Tensor, length: Tensor, flip: Tensor, source: int, target: int) -> Tensor:
     """[B] each -> [B, target, source]: row i holds what every source pixel gives to output pixel i.
 
@@ -715,6 +733,90 @@ def resampling(start: Tensor, length: Tensor, flip: Tensor, source: int, target:
     weight = (1 - ((out + 0.5) * scale - (pixel + 0.5)).abs() / scale.clamp(min=1)).clamp(min=0)
     weight = weight * ((pixel >= 0) & (pixel < length[:, None, None]))
     return weight / weight.sum(2, keepdim=True)
+
+
+def crop_all(images: Tensor, draws: Draws, size: int) -> Tensor:
+    """As crop_each, for a GPU: one product of matrices down, one across, the flips in them."""
+    B, h, w, _ = images.shape
+    top, left, height, width = on_device(draws.box, images.device).unbind(1)
+    flip = on_device(draws.flip, images.device) > 0
+    x = resampling(top, height, flip[:, 0], h, size) @ images.reshape(B, h, w * 3).float().div_(255)
+    x = x.view(B, size, w, 3).permute(0, 3, 1, 2).reshape(B, 3 * size, w)
+    x = (x @ resampling(left, width, flip[:, 1], w, size).transpose(1, 2)).view(B, 3, size, size)
+    return torch.where(on_device(draws.transpose, x.device)[:, None, None, None] > 0, x.transpose(2, 3), x)
+
+
+LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision
+
+
+def luma(x: Tensor) -> Tensor:
+    """[B, 3, h, w] -> [B, 1, h, w]"""
+    return LUMA[0] * x[:, :1] + LUMA[1] * x[:, 1:2] + LUMA[2] * x[:, 2:]
+
+
+def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """RGB [B, 3, h, w] in 0..1, shift [B] as a share of the colour circle, at most 1/2: -> RGB with the hue turned.
+
+    Without torch.where, which takes a CPU ten times as long as other operations."""
+    r, g, b = x.unbind(1)
+    low, high = torch.minimum(g, b), torch.maximum(g, b)
+    value, middle = torch.maximum(r, high), torch.minimum(r, high)
+    chroma = value - torch.minimum(middle, low)
+    bluer, redless = (b - g).sign().clamp(min=0), (high - r).sign().clamp(min=0)
+    # The hue in sixths of the circle: red is 0, green 2, blue 4. Mirrored where blue exceeds green, counted from green
+    # or blue where red is not the largest.
+    start = -6 * bluer
+    start = start + redless * (-2 - 2 * start)
+    hue = ((middle - low) / chroma.clamp(min=1e-9) + start).abs() + 6 * shift[:, None, None]
+    hue = hue - 6 * (hue / 6).floor()
+    away = 3 - (hue - 3).abs(), (hue - 2).abs(), (hue - 4).abs()  # from red, green, blue: full up to 1, gone from 2 on
+    return torch.stack([value - chroma * (distance - 1).clamp(0, 1) for distance in away], 1)
+
+
+def on_some(x: Tensor, which: np.ndarray, change: Callable[[Tensor, Tensor], Tensor], by: np.ndarray) -> Tensor:
+    """Samples x [B, 3, h, w], those of them in `which` [B] changed by their parameters `by` [B]."""
+    at = torch.from_numpy(np.flatnonzero(which)).to(x.device, non_blocking=True)
+    by = on_device(by[which], x.device)
+    if len(at) < len(x):
+        return x.index_copy(0, at, change(x[at], by)) if len(at) else x
+    return change(x, by)
+
+
+def recolour(x: Tensor, draws: Draws) -> Tensor:
+    """float32 [B, 3, h, w] in 0..1, changed in place: colour jitter in each sample's own order, then grayscale."""
+
+    # Brightness, contrast, saturation and grayscale are all  x <- p x + q luma(x) + r mean(luma(x)).
+    def blend(x: Tensor, p: np.ndarray, q: np.ndarray, r: np.ndarray) -> Tensor:
+        weights = on_device(np.stack([p, q, r]), x.device)[:, :, None, None, None]
+        if not q.any() and not r.any():
+            return x.mul_(weights[0]).clamp_(0, 1)
+        gray = luma(x)
+        mixed = weights[1] * gray + weights[2] * gray.mean((2, 3), keepdim=True)
+        return x.mul_(weights[0]).add_(mixed).clamp_(0, 1)
+
+    if (draws.factors != [1, 1, 1, 0]).any():
+        for operation, f in zip(draws.order.T, np.take_along_axis(draws.factors, draws.order, 1).T):  # [B] each
+            if (operation < 3).any():
+                p = np.where(operation == 3, 1, f)
+                x = blend(x, p, (1 - p) * (operation == 2), (1 - p) * (operation == 1))
+            x = on_some(x, (operation == 3) & (f != 0), shift_hue, f)
+    return blend(x, ~draws.gray, draws.gray, 0 * draws.gray) if draws.gray.any() else x
+
+
+def blur_each(x: Tensor, sigma: Tensor) -> Tensor:
+    """x [B, 3, side, side], sigma [B] -> blurred by adding up shifted copies. For a CPU."""
+    side = x.shape[-1]
+    reach = min(side // 20, math.ceil(5 * sigma.max()))
+    distance = torch.arange(-reach, reach + 1) / sigma[:, None]
+    distance[distance.abs() > 5] = math.inf  # a weight below 4e-6, left out lest a view depend on those beside it
+    weights = torch.softmax(-0.5 * distance.square(), 1).T[..., None, None, None]
+    x = torch.nn.functional.pad(x, [reach] * 4, mode="reflect")
+    for axis in (2, 3):
+        blurred = weights[0] * x.narrow(axis, 0, side)
+        for k in range(1, len(weights)):
+            blurred.addcmul_(x.narrow(axis, k, side), weights[k])
+        x = blurred
+    return x
 
 
 def blurring(sigma: Tensor, side: int) -> Tensor:
@@ -732,69 +834,25 @@ def blurring(sigma: Tensor, side: int) -> Tensor:
     return weight / weight.sum(2, keepdim=True)
 
 
-LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision
+def blur_all(x: Tensor, sigma: Tensor) -> Tensor:
+    """As blur_each, by products of matrices. For a GPU."""
+    weights = blurring(sigma, x.shape[-1])[:, None]
+    return weights @ x @ weights.transpose(2, 3)
 
 
-def luma(x: Tensor) -> Tensor:
-    """[B, 3, h, w] -> [B, 1, h, w]"""
-    return LUMA[0] * x[:, :1] + LUMA[1] * x[:, 1:2] + LUMA[2] * x[:, 2:]
+def augment(images: Tensor, draws: Draws, size: int, each: bool | None = None) -> Tensor:
+    """uint8 [B, h, w, 3] -> float32 [B, 3, size, size] in 0..1: crop, flips and quarter turn, colour jitter,
+    grayscale, blur, each sample with its own parameters.
 
-
-def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """RGB [B, 3, h, w] in 0..1, shift [B] as a share of the colour circle: RGB -> HSV, turn the hue, -> RGB."""
-    r, g, b = x.unbind(1)
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    safe = torch.where(chroma == 0, 1, chroma)
-    sextant = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    sextant = sextant + 6 * shift[:, None, None]
-    channels = []
-    for corner in (5, 3, 1):  # where red, green and blue start to fall
-        k = (sextant + corner).remainder(6)
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, 1)
-
-
-def augment(images: Tensor, draws: Draws, size: int) -> Tensor:
-    """uint8 [B, h, w, 3] -> float32 [B, 3, size, size] in 0..1: crop, flips and quarter turn as one resampling,
-    then colour jitter, grayscale and blur, each sample with its own parameters."""
-    if images.device.type == "cpu" and len(images) > 32:  # pieces that stay in the cache: twice as fast
-        pieces = [slice(i, i + 32) for i in range(0, len(images), 32)]
-        return torch.cat([augment(images[p], Draws(*(d[p] for d in draws)), size) for p in pieces])
-    device = images.device
-    to = lambda array: torch.from_numpy(np.asarray(array, np.float32)).to(device, non_blocking=True)  # noqa: E731
-    B, h, w, _ = images.shape
-    top, left, height, width = to(draws.box).unbind(1)
-    flip = to(draws.flip) > 0
-    x = resampling(top, height, flip[:, 0], h, size) @ images.reshape(B, h, w * 3).float().div_(255)
-    x = x.view(B, size, w, 3).permute(0, 3, 1, 2).reshape(B, 3 * size, w)
-    x = (x @ resampling(left, width, flip[:, 1], w, size).transpose(1, 2)).view(B, 3, size, size)
-    x = torch.where((to(draws.transpose) > 0)[:, None, None, None], x.transpose(2, 3), x)
-
-    # Brightness, contrast, saturation and grayscale are all  x <- p x + q luma(x) + r mean(luma(x)).
-    def blend(x: Tensor, p: np.ndarray, q: np.ndarray, r: np.ndarray) -> Tensor:
-        p, q, r = to(np.stack([p, q, r]))[:, :, None, None, None].unbind(0)
-        gray = luma(x)
-        return (p * x + (q * gray + r * gray.mean((2, 3), keepdim=True))).clamp_(0, 1)
-
-    factors, zero = draws.factors, np.zeros(B)
-    if (factors != [1, 1, 1, 0]).any():
-        for turn in range(4):
-            operation = draws.order[:, turn]
-            f = np.take_along_axis(factors, np.minimum(operation, 2)[:, None], 1)[:, 0]
-            f = np.where(operation == 3, 1, f)
-            x = blend(x, f, np.where(operation == 2, 1 - f, 0), np.where(operation == 1, 1 - f, 0))
-            turned = np.flatnonzero((operation == 3) & (factors[:, 3] != 0))
-            if len(turned):
-                at = torch.from_numpy(turned).to(device, non_blocking=True)
-                x = x.index_copy(0, at, shift_hue(x[at], to(factors[turned, 3])))
-    if draws.gray.any():
-        x = blend(x, ~draws.gray, draws.gray, zero)
-    blurred = np.flatnonzero(draws.sigma)
-    if len(blurred):
-        at = torch.from_numpy(blurred).to(device, non_blocking=True)
-        weights = blurring(to(draws.sigma[blurred]), size)[:, None]
-        x = x.index_copy(0, at, weights @ x[at] @ weights.transpose(2, 3))
-    return x
+    each: the way that suits a CPU, the default there: by pieces that stay in the cache, large views one by one, so
+    that only what was drawn for them is done."""
+    each = images.device.type == "cpu" if each is None else each
+    piece = max(1, 100_000 // size**2) if each else len(images)
+    if len(images) > piece:
+        pieces = [slice(i, i + piece) for i in range(0, len(images), piece)]
+        return torch.cat([augment(images[p], Draws(*(d[p] for d in draws)), size, each) for p in pieces])
+    x = recolour((crop_each if each else crop_all)(images, draws, size), draws)
+    return on_some(x, draws.sigma > 0, blur_each if each else blur_all, draws.sigma)
 
 
 def plain(images: Tensor) -> Tensor:
@@ -803,9 +861,9 @@ def plain(images: Tensor) -> Tensor:
 
 
 def standardise(x: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """Per-channel standardisation of [..., 3, h, w] with the training split's statistics (supplement A)."""
+    """Per-channel standardisation of x [..., 3, h, w], in place, with the training statistics (supplement A)."""
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
-    return (x - mean) / std
+    return x.sub_(mean).div_(std)
 
 
 # -----------------------------------------------------------------------------------------------------
