@@ -151,9 +151,9 @@ class Split:
     """One split of a dataset: everything a row needs, as arrays."""
 
     folder: Path
-    source: Path  # the rows as JSON lines: metadata.jsonl, or what became of metadata.csv
+    source: Path  # its metadata.jsonl or .csv
     names: Strings  # file names, relative to the folder
-    lines: np.ndarray  # int64 [n], where each row's line starts in the source, in bytes
+    lines: Strings  # each row as JSON: the lines of metadata.jsonl itself, or what became of metadata.csv
     labels: dict[str, Categories]
     table: Table
 
@@ -162,9 +162,7 @@ class Split:
 
     def record(self, i: int) -> dict:
         """Row i, its names and blanks put in order."""
-        with open(self.source, "rb") as file:
-            file.seek(self.lines[i])
-            return canonical(json.loads(file.readline()))
+        return canonical(json.loads(self.lines[i]))
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict:
@@ -195,6 +193,10 @@ def read_record(line: bytes, where: str) -> dict:
     if not isinstance(record, dict):
         raise BadInput(f"{where}: not a JSON object")
     return record
+
+
+def is_label(column: str) -> bool:
+    return column == "label" or column.startswith("label_")
 
 
 def checked(record: dict, where: str) -> dict:
@@ -242,6 +244,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, int, dict | BadInput]]:
             offset += len(line)
 
 
+def progress(things: Iterable, text: str, total: int | None = None, done: int = 0) -> Iterable:
+    """The same things, counted on screen once it takes long."""
+    from tqdm import tqdm
+
+    return tqdm(things, text, total, initial=done, delay=3, mininterval=1)
+
+
 def metadata_file(folder: Path) -> Path:
     """folder/metadata.jsonl, or .csv; BadInput when there is neither."""
     for name in ("metadata.jsonl", "metadata.csv"):
@@ -253,102 +262,85 @@ def metadata_file(folder: Path) -> Path:
     )
 
 
+def cache_folder(folder: Path) -> Path:
+    """folder/.cache, or where that cannot be written one in the system's temporary folder."""
+    cache = folder / ".cache"
+    with contextlib.suppress(OSError):
+        cache.mkdir(exist_ok=True)
+    if not cache.is_dir() or not os.access(cache, os.W_OK):
+        cache = Path(tempfile.gettempdir()) / f"satmip-{os.getuid()}"
+        cache.mkdir(mode=0o700, exist_ok=True)
+    return cache
+
+
 def read_split(folder: Path, fields: tuple[Field, ...], captions: bool = False) -> Split:
     """Read folder/metadata.jsonl or .csv. BadInput names what is wrong: the file, the line that cannot be read or
     lacks a file_name, the image that does not exist.
 
-    The arrays are kept in .cache beside the split (in the system's temporary folder if that is read-only), under a
-    name that holds what they depend on: the file's size and time, the fields, this code."""
+    What was read is kept under a name that holds what it depends on: the file's size and time, the fields, this code;
+    and mapped into memory, copy-on-write, so that torch may wrap it."""
     path = metadata_file(folder)
     stat, ours = path.stat(), [Path(__file__).with_name(n).read_bytes() for n in ("data.py", "metadata.py")]
     depends = repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns, fields, captions, ours))
     prefix, digest = (hashlib.sha256(text.encode()).hexdigest() for text in (str(path.resolve()), depends))
-    prefix = f"{folder.name}-{prefix[:8]}"
-    name = f"{prefix}-{digest[:20]}"
-    roots = (folder.parent / ".cache", Path(tempfile.gettempdir()) / f"satmip-{os.getuid()}")
-    for root in roots:
-        if (root / name).is_dir():
-            return open_split(root / name, folder, path)
-    for root in roots:
-        try:
-            root.mkdir(mode=0o700, exist_ok=True)
-            unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=root))
-            break
-        except OSError as error:
-            problem = error
-    else:
-        raise problem
-    try:
-        build_split(path, unfinished, fields, captions)
+    prefix, root = f"{folder.name}-{prefix[:8]}", cache_folder(folder.parent)
+    cache = root / f"{prefix}-{digest[:20]}"
+    if not cache.is_file():
+        unfinished = root / f"{prefix}-{os.getpid()}"
+        with open(unfinished, "wb") as file:
+            torch.save(build_split(path, fields, captions), file)
+        unfinished.rename(cache)  # over that of another process, which was faster
         for old in root.glob(f"{prefix}-*"):  # of an earlier state of the file, not of other fields
             with contextlib.suppress(OSError):  # another process may be removing it
                 if old.stat().st_mtime_ns < stat.st_mtime_ns:
-                    shutil.rmtree(old, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process was faster
-            unfinished.rename(root / name)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return open_split(root / name, folder, path)
+                    old.unlink()
+    kept = torch.load(cache, mmap=True, weights_only=True)
+    name_ends, names, line_ends, lines, token_ends, tokens, numbers = (values.numpy() for values in kept["arrays"])
+    lines = Strings(lines if len(lines) else np.memmap(path, np.uint8, "r"), line_ends)
+    columns = [Categories(values, codes.numpy()) for values, codes in kept["columns"]]
+    labels, categories = dict(zip(kept["labels"], columns)), columns[len(kept["labels"]) :]
+    table = Table(Ragged(tokens, token_ends), numbers, categories)
+    return Split(folder, path, Strings(names, name_ends), lines, labels, table)
 
 
-def build_split(path: Path, cache: Path, fields: tuple[Field, ...], captions: bool) -> None:
-    """Read the metadata file from its beginning to its end, and leave its arrays in `cache`."""
-    from tqdm import tqdm
-
-    folder, names, ends, lines, labels = path.parent, bytearray(), array("q", [0]), array("q"), {}
-    copy = None if path.suffix == ".jsonl" else open(cache / "records.jsonl", "wb")
+def build_split(path: Path, fields: tuple[Field, ...], captions: bool) -> dict:
+    """Read the metadata file from its beginning to its end -> what read_split keeps of it."""
+    names, ends, lines, starts, labels = bytearray(), array("q", [0]), bytearray(), array("q"), {}
+    with open(path, "rb") as file:
+        total = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
     def records() -> Iterator[dict]:
-        with open(path, "rb") as file:
-            total = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-        for where, offset, row in tqdm(read_rows(path), f"reading {path}", total, unit=" rows", delay=3, mininterval=1):
+        for where, offset, row in progress(read_rows(path), f"reading {path}", total):
             if isinstance(row, BadInput):
                 raise row
             record = checked(row, where)
             name = record["file_name"]
-            if not os.path.isfile(os.path.join(folder, name)):
-                raise BadInput(f"{folder / name}: no such image ({where})")
-            for key in record:
-                if (key == "label" or key.startswith("label_")) and key not in labels:
-                    labels[key] = Coder(missing=len(lines))
+            if not os.path.isfile(os.path.join(path.parent, name)):
+                raise BadInput(f"{path.parent / name}: no such image ({where})")
+            for key in filter(is_label, record):
+                labels.setdefault(key, Coder(missing=len(starts)))
             for key, coder in labels.items():
                 value = record.get(key)
                 coder.add(None if value is None else str(value))
             names.extend(name.encode())
             ends.append(len(names))
-            if copy:
-                offset = copy.tell()
-                copy.write(json.dumps(row).encode() + b"\n")
-            lines.append(offset)
+            starts.append(len(lines) if offset < 0 else offset)
+            lines.extend(json.dumps(row).encode() if offset < 0 else b"")
             yield record
 
     table = tabulate(records(), fields, captions)
-    if copy:
-        copy.close()
-    if not lines:
+    if not starts:
         raise BadInput(f"{path}: no rows")
-    columns = {**labels, **dict(enumerate(table.categories))}
-    arrays = {
-        "names": np.frombuffer(names, np.uint8), "name_ends": ends, "lines": lines, "numbers": table.numbers,
-        "tokens": table.tokens.values, "token_ends": table.tokens.ends,
-    } | {f"codes_{i}": column.codes for i, column in enumerate(columns.values())}  # fmt: skip
-    for key, values in arrays.items():
-        np.save(cache / f"{key}.npy", np.asarray(values))
-    values = [list(c.seen) if isinstance(c, Coder) else c.values for c in columns.values()]
-    (cache / "values.json").write_text(json.dumps([list(labels), values]))
-
-
-def open_split(cache: Path, folder: Path, path: Path) -> Split:
-    """The arrays that build_split left, mapped into memory (copy-on-write, so that torch may wrap them)."""
-    arrays = {
-        file.stem: np.load(file, mmap_mode="c" if file.stat().st_size > 128 else None) for file in cache.glob("*.npy")
-    }
-    labels, values = json.loads((cache / "values.json").read_text())
-    columns = [Categories(v, arrays[f"codes_{i}"]) for i, v in enumerate(values)]
-    table = Table(Ragged(arrays["tokens"], arrays["token_ends"]), arrays["numbers"], columns[len(labels) :])
-    source = path if path.suffix == ".jsonl" else cache / "records.jsonl"
-    names = Strings(arrays["names"], arrays["name_ends"])
-    return Split(folder, source, names, arrays["lines"], dict(zip(labels, columns)), table)
+    starts.append(len(lines) or path.stat().st_size)
+    arrays = (
+        ends, np.frombuffer(names, np.uint8), starts, np.frombuffer(lines, np.uint8),
+        table.tokens.ends, table.tokens.values, table.numbers,
+    )  # fmt: skip
+    columns = [coder.done() for coder in labels.values()] + table.categories
+    return {
+        "arrays": [torch.from_numpy(np.asarray(values)) for values in arrays], "labels": list(labels),
+        "columns": [(column.values, torch.from_numpy(column.codes)) for column in columns],
+    }  # fmt: skip
 
 
 def test_folder(folder: Path) -> Path:
@@ -1424,13 +1416,6 @@ def unmatched(problem: str) -> list[Sample]:
     raise BadInput(problem)
 
 
-def progress(things: Iterable, text: str) -> Iterable:
-    """The same things, counted on screen once it takes long."""
-    from tqdm import tqdm
-
-    return tqdm(things, text, delay=3, mininterval=1)
-
-
 def checked_image(path: Path) -> tuple[Image.Image, bytes]:
     """-> an image, decoded, and its file as it is; BadInput else."""
     content = path.read_bytes()
@@ -1706,7 +1691,7 @@ def own(args: argparse.Namespace) -> tuple[Callable[[], Iterable[Item]], int, di
         if name and name not in present:
             raise BadInput(f"no column {name!r} in {args.table}; there are {', '.join(present)}")
     labels = {name: "label" if len(labels) == 1 else f"label_{name}" for name in labels}
-    labels = labels or {name: name for name in present if name == "label" or name.startswith("label_")}
+    labels = labels or {name: name for name in present if is_label(name)}
     area, told = args.area or "area", args.split_column or "split"
     kinds = dict(part.partition("=")[::2] for part in args.types.split(",") if part)
     for name, kind in kinds.items():
@@ -1880,9 +1865,8 @@ def check_split(folder: Path, fields: dict[str, Field], workers: int, findings: 
         )
         if place and zone and (int(zone[1]) - 1 - (place[0] + 180) // 6) % 60 not in (0, 1, 59):
             add("location outside its utm_zone", f"{where}: {place} is not in {zone[0]}")
-        for key in record:
-            if (key == "label" or key.startswith("label_")) and record[key] is not None:
-                labels.setdefault(key, Counter())[str(record[key])] += 1
+        for key in filter(is_label, record):
+            labels.setdefault(key, Counter())[str(record[key])] += 1
         if "area" in record:
             areas.add(str(record["area"]))
         lengths[len(tokenizer()(caption(record, tuple(fields.values()))))] += 1
