@@ -162,7 +162,7 @@ class Split:
 
     def record(self, i: int) -> dict:
         """Row i, its names and blanks put in order."""
-        return canonical(json.loads(self.lines[i]))
+        return canonical(json.loads(self.lines[i].partition("\n")[0]))  # blank lines may follow
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict:
@@ -286,10 +286,11 @@ def read_split(folder: Path, fields: tuple[Field, ...], captions: bool = False) 
     prefix, root = f"{folder.name}-{prefix[:8]}", cache_folder(folder.parent)
     cache = root / f"{prefix}-{digest[:20]}"
     if not cache.is_file():
-        built, unfinished = build_split(path, fields, captions), root / f"{prefix}-{os.getpid()}"
-        with open(unfinished, "wb") as file:  # opened here, so that a full disk is an OSError
-            torch.save(built, file)
-        unfinished.rename(cache)  # over that of another process, which was faster
+        built = build_split(path, fields, captions)
+        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=root) as unfinished:
+            with open(f"{unfinished}/split", "wb") as file:  # opened here: a full disk is then an OSError
+                torch.save(built, file)
+            os.replace(file.name, cache)  # another process may have been faster
         for old in root.glob(f"{prefix}-*"):  # of an earlier state of the file, not of other fields
             with contextlib.suppress(OSError):  # another process may be removing it
                 if old.stat().st_mtime_ns < stat.st_mtime_ns:
@@ -623,7 +624,7 @@ def channel_statistics(split: Split, size: int, workers: int, most: int = 10_000
 
 # -----------------------------------------------------------------------------------------------------
 # Augmentation, on the device (supplement B): a batch as a whole on a GPU, view by view on a CPU. The parameters and
-# the colours are the same code; only cropping and blurring are written twice.
+# colours are the same code; only cropping and blurring have two ways.
 
 
 @dataclass(frozen=True)
@@ -742,7 +743,7 @@ def luma(x: Tensor) -> Tensor:
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """RGB [B, 3, h, w] in 0..1, shift [B] as a share of the colour circle, at most 1/2: -> RGB with the hue turned.
+    """RGB [B, 3, h, w] in 0..1, shift [B] as a share of the colour circle: -> RGB with the hue turned.
 
     Without torch.where, which takes a CPU ten times as long as other operations."""
     r, g, b = x.unbind(1)
@@ -764,9 +765,9 @@ def on_some(x: Tensor, which: np.ndarray, change: Callable[[Tensor, Tensor], Ten
     """Samples x [B, 3, h, w], those of them in `which` [B] changed by their parameters `by` [B]."""
     at = torch.from_numpy(np.flatnonzero(which)).to(x.device, non_blocking=True)
     by = on_device(by[which], x.device)
-    if len(at) < len(x):
-        return x.index_copy(0, at, change(x[at], by)) if len(at) else x
-    return change(x, by)
+    if len(at) == len(x):
+        return change(x, by)
+    return x.index_copy(0, at, change(x[at], by)) if len(at) else x
 
 
 def recolour(x: Tensor, draws: Draws) -> Tensor:

@@ -1720,6 +1720,11 @@ def test_cache(dataset, tmp_path, monkeypatch):
     path = folder / "metadata.jsonl"
     path.write_text("".join(path.read_text().splitlines(True)[1:]))
     assert len(data.read_split(folder, DEFAULT, captions=True)) == 47
+    records = json_lines(path)
+    path.write_text(path.read_text().replace("\n", "\n \v\n"))
+    split = data.read_split(folder, DEFAULT)
+    assert [split.record(i) for i in range(47)] == [metadata.canonical(r) for r in records], "blank lines between"
+    assert len(list((folder.parent / ".cache").iterdir())) == 1, "what was kept of earlier states is removed"
     shutil.rmtree(folder.parent / ".cache")
     (folder.parent / ".cache").write_text("in the way")
     monkeypatch.setattr(data.tempfile, "tempdir", str(tmp_path))
