@@ -153,9 +153,9 @@ class Split:
     """One split of a dataset: everything a row needs, as arrays."""
 
     folder: Path
-    source: Path  # the rows as JSON lines: metadata.jsonl, or what became of metadata.csv
+    source: Path  # its metadata.jsonl or .csv
     names: Strings  # file names, relative to the folder
-    lines: np.ndarray  # int64 [n], where each row's line starts in the source, in bytes
+    lines: Strings  # each row as JSON: the lines of metadata.jsonl itself, or what became of metadata.csv
     labels: dict[str, Categories]
     table: Table
 
@@ -164,9 +164,7 @@ class Split:
 
     def record(self, i: int) -> dict:
         """Row i, its names and blanks put in order."""
-        with open(self.source, "rb") as file:
-            file.seek(self.lines[i])
-            return canonical(json.loads(file.readline()))
+        return canonical(json.loads(self.lines[i].partition("\n")[0]))  # blank lines may follow
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict:
@@ -197,6 +195,10 @@ def read_record(line: bytes, where: str) -> dict:
     if not isinstance(record, dict):
         raise BadInput(f"{where}: not a JSON object")
     return record
+
+
+def is_label(column: str) -> bool:
+    return column == "label" or column.startswith("label_")
 
 
 def checked(record: dict, where: str) -> dict:
@@ -244,6 +246,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, int, dict | BadInput]]:
             offset += len(line)
 
 
+def progress(things: Iterable, text: str, total: int | None = None, done: int = 0) -> Iterable:
+    """The same things, counted on screen once it takes long."""
+    from tqdm import tqdm
+
+    return tqdm(things, text, total, initial=done, delay=3, mininterval=1)
+
+
 def metadata_file(folder: Path) -> Path:
     """folder/metadata.jsonl, or .csv; BadInput when there is neither."""
     for name in ("metadata.jsonl", "metadata.csv"):
@@ -255,102 +264,86 @@ def metadata_file(folder: Path) -> Path:
     )
 
 
+def cache_folder(folder: Path) -> Path:
+    """folder/.cache, or where that cannot be written one in the system's temporary folder."""
+    cache = folder / ".cache"
+    with contextlib.suppress(OSError):
+        cache.mkdir(exist_ok=True)
+    if not cache.is_dir() or not os.access(cache, os.W_OK):
+        cache = Path(tempfile.gettempdir()) / f"satmip-{os.getuid()}"
+        cache.mkdir(mode=0o700, exist_ok=True)
+    return cache
+
+
 def read_split(folder: Path, fields: tuple[Field, ...], captions: bool = False) -> Split:
     """Read folder/metadata.jsonl or .csv. BadInput names what is wrong: the file, the line that cannot be read or
     lacks a file_name, the image that does not exist.
 
-    The arrays are kept in .cache beside the split (in the system's temporary folder if that is read-only), under a
-    name that holds what they depend on: the file's size and time, the fields, this code."""
+    What was read is kept under a name that holds what it depends on: the file's size and time, the fields, this code;
+    and mapped into memory, copy-on-write, so that torch may wrap it."""
     path = metadata_file(folder)
     stat, ours = path.stat(), [Path(__file__).with_name(n).read_bytes() for n in ("data.py", "metadata.py")]
     depends = repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns, fields, captions, ours))
     prefix, digest = (hashlib.sha256(text.encode()).hexdigest() for text in (str(path.resolve()), depends))
-    prefix = f"{folder.name}-{prefix[:8]}"
-    name = f"{prefix}-{digest[:20]}"
-    roots = (folder.parent / ".cache", Path(tempfile.gettempdir()) / f"satmip-{os.getuid()}")
-    for root in roots:
-        if (root / name).is_dir():
-            return open_split(root / name, folder, path)
-    for root in roots:
-        try:
-            root.mkdir(mode=0o700, exist_ok=True)
-            unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=root))
-            break
-        except OSError as error:
-            problem = error
-    else:
-        raise problem
-    try:
-        build_split(path, unfinished, fields, captions)
+    prefix, root = f"{folder.name}-{prefix[:8]}", cache_folder(folder.parent)
+    cache = root / f"{prefix}-{digest[:20]}"
+    if not cache.is_file():
+        built = build_split(path, fields, captions)
+        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=root) as unfinished:
+            with open(f"{unfinished}/split", "wb") as file:  # opened here: a full disk is then an OSError
+                torch.save(built, file)
+            os.replace(file.name, cache)  # another process may have been faster
         for old in root.glob(f"{prefix}-*"):  # of an earlier state of the file, not of other fields
             with contextlib.suppress(OSError):  # another process may be removing it
                 if old.stat().st_mtime_ns < stat.st_mtime_ns:
-                    shutil.rmtree(old, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process was faster
-            unfinished.rename(root / name)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return open_split(root / name, folder, path)
+                    old.unlink()
+    kept = torch.load(cache, mmap=True, weights_only=True)
+    name_ends, names, line_ends, lines, token_ends, tokens, numbers = (values.numpy() for values in kept["arrays"])
+    lines = Strings(lines if len(lines) else np.memmap(path, np.uint8, "r"), line_ends)
+    columns = [Categories(values, codes.numpy()) for values, codes in kept["columns"]]
+    labels, categories = dict(zip(kept["labels"], columns)), columns[len(kept["labels"]) :]
+    table = Table(Ragged(tokens, token_ends), numbers, categories)
+    return Split(folder, path, Strings(names, name_ends), lines, labels, table)
 
 
-def build_split(path: Path, cache: Path, fields: tuple[Field, ...], captions: bool) -> None:
-    """Read the metadata file from its beginning to its end, and leave its arrays in `cache`."""
-    from tqdm import tqdm
-
-    folder, names, ends, lines, labels = path.parent, bytearray(), array("q", [0]), array("q"), {}
-    copy = None if path.suffix == ".jsonl" else open(cache / "records.jsonl", "wb")
+def build_split(path: Path, fields: tuple[Field, ...], captions: bool) -> dict:
+    """Read the metadata file from its beginning to its end -> what read_split keeps of it."""
+    names, ends, lines, starts, labels = bytearray(), array("q", [0]), bytearray(), array("q"), {}
+    with open(path, "rb") as file:
+        total = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
     def records() -> Iterator[dict]:
-        with open(path, "rb") as file:
-            total = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-        for where, offset, row in tqdm(read_rows(path), f"reading {path}", total, unit=" rows", delay=3, mininterval=1):
+        for where, offset, row in progress(read_rows(path), f"reading {path}", total):
             if isinstance(row, BadInput):
                 raise row
             record = checked(row, where)
             name = record["file_name"]
-            if not os.path.isfile(os.path.join(folder, name)):
-                raise BadInput(f"{folder / name}: no such image ({where})")
-            for key in record:
-                if (key == "label" or key.startswith("label_")) and key not in labels:
-                    labels[key] = Coder(missing=len(lines))
+            if not os.path.isfile(os.path.join(path.parent, name)):
+                raise BadInput(f"{path.parent / name}: no such image ({where})")
+            for key in filter(is_label, record):
+                labels.setdefault(key, Coder(missing=len(starts)))
             for key, coder in labels.items():
                 value = record.get(key)
                 coder.add(None if value is None else str(value))
             names.extend(name.encode())
             ends.append(len(names))
-            if copy:
-                offset = copy.tell()
-                copy.write(json.dumps(row).encode() + b"\n")
-            lines.append(offset)
+            starts.append(len(lines) if offset < 0 else offset)
+            lines.extend(json.dumps(row).encode() if offset < 0 else b"")
             yield record
 
     table = tabulate(records(), fields, captions)
-    if copy:
-        copy.close()
-    if not lines:
+    if not starts:
         raise BadInput(f"{path}: no rows")
-    columns = {**labels, **dict(enumerate(table.categories))}
-    arrays = {
-        "names": np.frombuffer(names, np.uint8), "name_ends": ends, "lines": lines, "numbers": table.numbers,
-        "tokens": table.tokens.values, "token_ends": table.tokens.ends,
-    } | {f"codes_{i}": column.codes for i, column in enumerate(columns.values())}  # fmt: skip
-    for key, values in arrays.items():
-        np.save(cache / f"{key}.npy", np.asarray(values))
-    values = [list(c.seen) if isinstance(c, Coder) else c.values for c in columns.values()]
-    (cache / "values.json").write_text(json.dumps([list(labels), values]))
-
-
-def open_split(cache: Path, folder: Path, path: Path) -> Split:
-    """The arrays that build_split left, mapped into memory (copy-on-write, so that torch may wrap them)."""
-    arrays = {
-        file.stem: np.load(file, mmap_mode="c" if file.stat().st_size > 128 else None) for file in cache.glob("*.npy")
-    }
-    labels, values = json.loads((cache / "values.json").read_text())
-    columns = [Categories(v, arrays[f"codes_{i}"]) for i, v in enumerate(values)]
-    table = Table(Ragged(arrays["tokens"], arrays["token_ends"]), arrays["numbers"], columns[len(labels) :])
-    source = path if path.suffix == ".jsonl" else cache / "records.jsonl"
-    names = Strings(arrays["names"], arrays["name_ends"])
-    return Split(folder, source, names, arrays["lines"], dict(zip(labels, columns)), table)
+    starts.append(len(lines) or path.stat().st_size)
+    arrays = (
+        ends, np.frombuffer(names, np.uint8), starts, np.frombuffer(lines, np.uint8),
+        table.tokens.ends, table.tokens.values, table.numbers,
+    )  # fmt: skip
+    columns = [coder.done() for coder in labels.values()] + table.categories
+    return {
+        "arrays": [torch.from_numpy(np.asarray(values)) for values in arrays], "labels": list(labels),
+        "columns": [(column.values, torch.from_numpy(column.codes)) for column in columns],
+    }  # fmt: skip
 
 
 def test_folder(folder: Path) -> Path:
@@ -364,30 +357,20 @@ def read_dataset(folder: str | Path, fields: tuple[Field, ...], captions: bool =
     return read_split(folder / "train", fields, captions), read_split(test_folder(folder), fields, captions)
 
 
-FIELD_OPTIONS = {"kind": str, "unit": str, "style": str, "parts": list, "low": (int, float), "high": (int, float)}
-
-
 def read_fields(folder: Path) -> dict[str, Field]:
     """The fields that folder/fields.json defines, none without that file: {"name": {"kind": "number", "unit": "m"}}."""
-    path = folder / "fields.json"
-    if not path.is_file():
-        return {}
-    try:
-        given = json.loads(path.read_text())
-        for name, options in given.items():
-            wrong = [k for k, v in options.items() if k not in FIELD_OPTIONS or not isinstance(v, FIELD_OPTIONS[k])]
-            if wrong or options.get("kind") not in ("number", "timestamp", "category"):
-                what = f"{wrong[0]!r}" if wrong else f"kind {options.get('kind')!r}"
-                options = ", ".join(FIELD_OPTIONS)
-                raise BadInput(
-                    f"{path}: {name}: {what}; a field has a kind (number, timestamp, category), of {options}"
-                )
-            options.get("style", "%s") % 1.0  # TypeError, ValueError: not a style for one number
-        return {name: Field(name, **{**o, "parts": tuple(o.get("parts", ()))}) for name, o in given.items()}
-    except BadInput:
-        raise
-    except (ValueError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path}: not a JSON object of fields ({error})") from None
+    path, fields = folder / "fields.json", {}
+    if path.is_file():
+        try:
+            for name, options in json.loads(path.read_text()).items():
+                field = fields[name] = Field(name, **{**options, "parts": tuple(options.get("parts", ()))})
+                if field.kind not in ("number", "timestamp", "category"):
+                    raise ValueError(f"{name}: kind {field.kind!r} is not number, timestamp or category")
+                field.style % field.low, field.style % field.high  # TypeError, ValueError: no numbers, no style of one
+        except (ValueError, TypeError, AttributeError) as error:
+            what = "not an object of fields, each with its kind, and of unit, style, parts, low, high what it needs"
+            raise BadInput(f"{path}: {what} ({error})") from None
+    return fields
 
 
 def infer_fields(rows: Iterable[dict], kinds: dict[str, str]) -> tuple[dict[str, Field], str]:
@@ -442,15 +425,20 @@ def choose_fields(folder: Path, names: str) -> tuple[Field, ...]:
     return parse_fields(names, own)
 
 
+def columns_of(table: Table, fields: tuple[Field, ...]) -> Iterator[tuple[Field, np.ndarray | Categories]]:
+    """-> each field with its categories, or with its numbers [columns, n], NaN where missing."""
+    numbers, categories = iter(table.numbers.T), iter(table.categories)
+    for field in fields:
+        count = len(number_columns((field,)))
+        yield field, np.stack([next(numbers) for _ in range(count)]) if count else next(categories)
+
+
 def missing_rates(table: Table, fields: tuple[Field, ...]) -> dict[str, float]:
     """Share of the rows in which each field is missing altogether."""
-    numbers, categories, rates = iter(np.isnan(table.numbers).T), iter(table.categories), {}
-    for field in fields:
-        if field.kind == "category":
-            rates[field.name] = float((next(categories).codes < 0).mean())
-        else:
-            rates[field.name] = float(np.all([next(numbers) for _ in number_columns((field,))], axis=0).mean())
-    return rates
+    return {
+        field.name: float((column.codes < 0 if field.kind == "category" else np.isnan(column).all(0)).mean())
+        for field, column in columns_of(table, fields)
+    }
 
 
 def class_ids(name: str, *splits: Split) -> tuple[list[str], list[Tensor]]:
@@ -645,7 +633,8 @@ def channel_statistics(split: Split, size: int, workers: int, most: int = 10_000
 
 
 # -----------------------------------------------------------------------------------------------------
-# Augmentation, on batches, on the device (supplement B)
+# Augmentation, on the device (supplement B): a batch as a whole on a GPU, view by view on a CPU. The parameters and
+# colours are the same code; only cropping and blurring have two ways.
 
 
 @dataclass(frozen=True)
@@ -712,6 +701,23 @@ def draw(policy: Policy, side: int, seed: int, epoch: int, rows: np.ndarray, vie
     )  # fmt: skip
 
 
+def on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.asarray(values, np.float32)).to(device, non_blocking=True)
+
+
+def crop_each(images: Tensor, draws: Draws, size: int) -> Tensor:
+    """uint8 [B, h, w, 3] -> float32 [B, 3, size, size] in 0..1: crop, flips, quarter turn. For a CPU: four times as
+    fast there as crop_all, and the same but for a rounding to 8 bits."""
+    views = torch.empty(len(images), 3, size, size)
+    parameters = zip(images, draws.box.astype(int).tolist(), draws.flip.tolist(), draws.transpose.tolist())
+    for i, (image, (top, left, height, width), flips, transposed) in enumerate(parameters):
+        x = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
+        x = torch.nn.functional.interpolate(x, (size, size), mode="bilinear", antialias=True)[0]
+        x = x.flip([axis for axis, flipped in zip((1, 2), flips) if flipped]) if any(flips) else x
+        views[i] = x.transpose(1, 2) if transposed else x
+    return views.div_(255)
+
+
 def resampling(start: Tensor, length: Tensor, flip: Tensor, source: int, target: int) -> Tensor:
     """[B] each -> [B, target, source]: row i holds what every source pixel gives to output pixel i.
 
@@ -727,19 +733,15 @@ def resampling(start: Tensor, length: Tensor, flip: Tensor, source: int, target:
     return weight / weight.sum(2, keepdim=True)
 
 
-def blurring(sigma: Tensor, side: int) -> Tensor:
-    """sigma [B] -> [B, side, side]: Gaussian weights with mirrored borders, as torchvision's gaussian_blur.
-
-    NOTE[PAPER] kernel size not given: SimCLR's tenth of the side, made odd (23 at 224 px).
-    """
-    reach = side // 20
-    kernel = torch.exp(-0.5 * (torch.arange(reach + 2, device=sigma.device) / sigma[:, None]).square())
-    kernel[:, reach + 1] = 0  # beyond the kernel
-    here, there = torch.arange(side, device=sigma.device)[:, None], torch.arange(side, device=sigma.device)
-    weight = 0
-    for image, real in ((there, True), (-there, there > 0), (2 * (side - 1) - there, there < side - 1)):
-        weight = weight + kernel[:, (here - image).abs().clamp(max=reach + 1)] * real
-    return weight / weight.sum(2, keepdim=True)
+def crop_all(images: Tensor, draws: Draws, size: int) -> Tensor:
+    """As crop_each, for a GPU: one product of matrices down, one across, the flips in them."""
+    B, h, w, _ = images.shape
+    top, left, height, width = on_device(draws.box, images.device).unbind(1)
+    flip = on_device(draws.flip, images.device) > 0
+    x = resampling(top, height, flip[:, 0], h, size) @ images.reshape(B, h, w * 3).float().div_(255)
+    x = x.view(B, size, w, 3).permute(0, 3, 1, 2).reshape(B, 3 * size, w)
+    x = (x @ resampling(left, width, flip[:, 1], w, size).transpose(1, 2)).view(B, 3, size, size)
+    return torch.where(on_device(draws.transpose, x.device)[:, None, None, None] > 0, x.transpose(2, 3), x)
 
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision
@@ -751,60 +753,96 @@ def luma(x: Tensor) -> Tensor:
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """RGB [B, 3, h, w] in 0..1, shift [B] as a share of the colour circle: RGB -> HSV, turn the hue, -> RGB."""
+    """RGB [B, 3, h, w] in 0..1, shift [B] as a share of the colour circle: -> RGB with the hue turned.
+
+    Without torch.where, which takes a CPU ten times as long as other operations."""
     r, g, b = x.unbind(1)
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    safe = torch.where(chroma == 0, 1, chroma)
-    sextant = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    sextant = sextant + 6 * shift[:, None, None]
-    channels = []
-    for corner in (5, 3, 1):  # where red, green and blue start to fall
-        k = (sextant + corner).remainder(6)
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, 1)
+    low, high = torch.minimum(g, b), torch.maximum(g, b)
+    value, middle = torch.maximum(r, high), torch.minimum(r, high)
+    chroma = value - torch.minimum(middle, low)
+    bluer, redless = (b - g).sign().clamp(min=0), (high - r).sign().clamp(min=0)
+    # The hue in sixths of the circle: red is 0, green 2, blue 4. Mirrored where blue exceeds green, counted from green
+    # or blue where red is not the largest.
+    start = -6 * bluer
+    start = start + redless * (-2 - 2 * start)
+    hue = ((middle - low) / chroma.clamp(min=1e-9) + start).abs() + 6 * shift[:, None, None]
+    hue = hue - 6 * (hue / 6).floor()
+    away = 3 - (hue - 3).abs(), (hue - 2).abs(), (hue - 4).abs()  # from red, green, blue: full up to 1, gone from 2 on
+    return torch.stack([value - chroma * (distance - 1).clamp(0, 1) for distance in away], 1)
 
 
-def augment(images: Tensor, draws: Draws, size: int) -> Tensor:
-    """uint8 [B, h, w, 3] -> float32 [B, 3, size, size] in 0..1: crop, flips and quarter turn as one resampling,
-    then colour jitter, grayscale and blur, each sample with its own parameters."""
-    if images.device.type == "cpu" and len(images) > 32:  # pieces that stay in the cache: twice as fast
-        pieces = [slice(i, i + 32) for i in range(0, len(images), 32)]
-        return torch.cat([augment(images[p], Draws(*(d[p] for d in draws)), size) for p in pieces])
-    device = images.device
-    to = lambda array: torch.from_numpy(np.asarray(array, np.float32)).to(device, non_blocking=True)  # noqa: E731
-    B, h, w, _ = images.shape
-    top, left, height, width = to(draws.box).unbind(1)
-    flip = to(draws.flip) > 0
-    x = resampling(top, height, flip[:, 0], h, size) @ images.reshape(B, h, w * 3).float().div_(255)
-    x = x.view(B, size, w, 3).permute(0, 3, 1, 2).reshape(B, 3 * size, w)
-    x = (x @ resampling(left, width, flip[:, 1], w, size).transpose(1, 2)).view(B, 3, size, size)
-    x = torch.where((to(draws.transpose) > 0)[:, None, None, None], x.transpose(2, 3), x)
+def on_some(x: Tensor, which: np.ndarray, change: Callable[[Tensor, Tensor], Tensor], by: np.ndarray) -> Tensor:
+    """Samples x [B, 3, h, w], those of them in `which` [B] changed by their parameters `by` [B]."""
+    at = torch.from_numpy(np.flatnonzero(which)).to(x.device, non_blocking=True)
+    by = on_device(by[which], x.device)
+    if len(at) == len(x):
+        return change(x, by)
+    return x.index_copy(0, at, change(x[at], by)) if len(at) else x
+
+
+def recolour(x: Tensor, draws: Draws) -> Tensor:
+    """float32 [B, 3, h, w] in 0..1, changed in place: colour jitter in each sample's own order, then grayscale."""
 
     # Brightness, contrast, saturation and grayscale are all  x <- p x + q luma(x) + r mean(luma(x)).
     def blend(x: Tensor, p: np.ndarray, q: np.ndarray, r: np.ndarray) -> Tensor:
-        p, q, r = to(np.stack([p, q, r]))[:, :, None, None, None].unbind(0)
+        weights = on_device(np.stack([p, q, r]), x.device)[:, :, None, None, None]
+        if not q.any() and not r.any():
+            return x.mul_(weights[0]).clamp_(0, 1)
         gray = luma(x)
-        return (p * x + (q * gray + r * gray.mean((2, 3), keepdim=True))).clamp_(0, 1)
+        mixed = weights[1] * gray + weights[2] * gray.mean((2, 3), keepdim=True)
+        return x.mul_(weights[0]).add_(mixed).clamp_(0, 1)
 
-    factors, zero = draws.factors, np.zeros(B)
-    if (factors != [1, 1, 1, 0]).any():
-        for turn in range(4):
-            operation = draws.order[:, turn]
-            f = np.take_along_axis(factors, np.minimum(operation, 2)[:, None], 1)[:, 0]
-            f = np.where(operation == 3, 1, f)
-            x = blend(x, f, np.where(operation == 2, 1 - f, 0), np.where(operation == 1, 1 - f, 0))
-            turned = np.flatnonzero((operation == 3) & (factors[:, 3] != 0))
-            if len(turned):
-                at = torch.from_numpy(turned).to(device, non_blocking=True)
-                x = x.index_copy(0, at, shift_hue(x[at], to(factors[turned, 3])))
-    if draws.gray.any():
-        x = blend(x, ~draws.gray, draws.gray, zero)
-    blurred = np.flatnonzero(draws.sigma)
-    if len(blurred):
-        at = torch.from_numpy(blurred).to(device, non_blocking=True)
-        weights = blurring(to(draws.sigma[blurred]), size)[:, None]
-        x = x.index_copy(0, at, weights @ x[at] @ weights.transpose(2, 3))
-    return x
+    if (draws.factors != [1, 1, 1, 0]).any():
+        for operation, f in zip(draws.order.T, np.take_along_axis(draws.factors, draws.order, 1).T):  # [B] each
+            if (operation < 3).any():
+                p = np.where(operation == 3, 1, f)
+                x = blend(x, p, (1 - p) * (operation == 2), (1 - p) * (operation == 1))
+            x = on_some(x, (operation == 3) & (f != 0), shift_hue, f)
+    return blend(x, ~draws.gray, draws.gray, 0 * draws.gray) if draws.gray.any() else x
+
+
+def blur_along(x: Tensor, sigma: Tensor, axis: int, reach: int) -> Tensor:
+    """x [B, c, side, side] blurred along axis 2 or 3, sigma [B] in pixels, by adding up shifted copies; the borders are
+    mirrored, as in torchvision's gaussian_blur.
+
+    NOTE[PAPER] kernel size not given: SimCLR's tenth of the side, made odd (23 at 224 px), so a reach of side // 20."""
+    distance = torch.arange(-reach, reach + 1, device=x.device) / sigma[:, None]
+    distance = distance.masked_fill(distance.abs() > 5, math.inf)  # a weight below 4e-6; so a CPU may reach less far
+    weights = torch.softmax(-0.5 * distance.square(), 1).T[..., None, None, None]
+    side, borders = x.shape[axis], [0, 0, reach, reach] if axis == 2 else [reach, reach, 0, 0]
+    x = torch.nn.functional.pad(x, borders, mode="reflect")
+    blurred = weights[0] * x.narrow(axis, 0, side)
+    for k in range(1, len(weights)):
+        blurred.addcmul_(x.narrow(axis, k, side), weights[k])
+    return blurred
+
+
+def blur_each(x: Tensor, sigma: Tensor) -> Tensor:
+    """x [B, 3, side, side], sigma [B] -> blurred. For a CPU."""
+    reach = min(x.shape[2] // 20, math.ceil(5 * sigma.max()))
+    return blur_along(blur_along(x, sigma, 2, reach), sigma, 3, reach)
+
+
+def blur_all(x: Tensor, sigma: Tensor) -> Tensor:
+    """As blur_each, for a GPU: products with the matrix that blurs columns, which is the unit matrix blurred."""
+    B, side = len(x), x.shape[2]
+    weights = blur_along(torch.eye(side, device=x.device).expand(B, 1, side, side), sigma, 2, side // 20)
+    return weights @ x @ weights.transpose(2, 3)
+
+
+def augment(images: Tensor, draws: Draws, size: int, each: bool | None = None) -> Tensor:
+    """uint8 [B, h, w, 3] -> float32 [B, 3, size, size] in 0..1: crop, flips and quarter turn, colour jitter,
+    grayscale, blur, each sample with its own parameters.
+
+    each: the way that suits a CPU, the default there: by pieces that stay in the cache, large views one by one, so
+    that only what was drawn for them is done."""
+    each = images.device.type == "cpu" if each is None else each
+    piece = max(1, 100_000 // size**2) if each else len(images)
+    if len(images) > piece:
+        pieces = [slice(i, i + piece) for i in range(0, len(images), piece)]
+        return torch.cat([augment(images[p], Draws(*(d[p] for d in draws)), size, each) for p in pieces])
+    x = recolour((crop_each if each else crop_all)(images, draws, size), draws)
+    return on_some(x, draws.sigma > 0, blur_each if each else blur_all, draws.sigma)
 
 
 def plain(images: Tensor) -> Tensor:
@@ -813,9 +851,9 @@ def plain(images: Tensor) -> Tensor:
 
 
 def standardise(x: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """Per-channel standardisation of [..., 3, h, w] with the training split's statistics (supplement A)."""
+    """Per-channel standardisation of x [..., 3, h, w], in place, with the training statistics (supplement A)."""
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
-    return (x - mean) / std
+    return x.sub_(mean).div_(std)
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -1078,28 +1116,29 @@ def cut(world: np.ndarray, grid: tuple[np.ndarray, np.ndarray], gsd: float) -> n
 
 def prepare_demo(folder: Path, train: int = 20_000, test: int = 4_000, seed: int = 0) -> None:
     """Cut the embedded data into `folder`. Written beside it and moved there when complete: never half a dataset."""
-    from tqdm import tqdm
-
     if folder.exists():
         raise BadInput(f"{folder}: exists; remove it first, or choose another folder")
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    wanted, lines = {"train": train, "test": test}, {"train": [], "test": []}
-    for split in wanted:
-        (unfinished / split).mkdir(parents=True)
     areas = torch.utils.data.DataLoader(
         DemoAreas(seed), batch_size=None, num_workers=len(os.sched_getaffinity(0)), collate_fn=lambda crops: crops
     )
-    with tqdm(total=train + test, desc=f"cutting images into {folder}", unit=" images", mininterval=1) as bar:
+    wanted, lines = {"train": train, "test": test}, {"train": [], "test": []}
+
+    def numbered() -> Iterator[tuple[str, int, dict, bytes]]:
         for split, record, jpeg in itertools.chain.from_iterable(areas):
             number = len(lines[split])
             if number < wanted[split]:
-                record = {"file_name": f"{number:06d}.jpg", **record}
-                (unfinished / split / record["file_name"]).write_bytes(jpeg)
-                lines[split].append(json.dumps(record) + "\n")
-                bar.update()
+                yield split, number, record, jpeg
             elif all(len(lines[s]) == wanted[s] for s in wanted):
-                break
+                return
+
+    for split in wanted:
+        (unfinished / split).mkdir(parents=True)
+    for split, number, record, jpeg in progress(numbered(), f"cutting images into {folder}", train + test):
+        record = {"file_name": f"{number:06d}.jpg", **record}
+        (unfinished / split / record["file_name"]).write_bytes(jpeg)
+        lines[split].append(json.dumps(record) + "\n")
     for split in wanted:
         (unfinished / split / "metadata.jsonl").write_text("".join(lines[split]))
     shutil.copy(MAPS / "README.md", unfinished / "CREDITS.md")
@@ -1170,8 +1209,6 @@ def prepare(
 
     Works in folder.unfinished; a kill at any moment costs the images in hand, and the next start goes on. The result
     does not depend on kills, nor on the number of jobs."""
-    from tqdm import tqdm
-
     unfinished = folder.with_name(folder.name + ".unfinished")
     if (folder / JOURNAL).exists():  # killed after the last step but one
         (folder / JOURNAL).unlink()
@@ -1194,19 +1231,15 @@ def prepare(
     loader = torch.utils.data.DataLoader(
         Preparing(items, done, unfinished), batch_size=None, num_workers=jobs, multiprocessing_context="fork"
     )
-    with (
-        open(journal, "a") as file,
-        tqdm(total=total, initial=len(done), desc=f"preparing {folder}", mininterval=1) as bar,
-    ):
+    with open(journal, "a") as file:
         if not whole:
             file.write(json.dumps(options) + "\n")
         try:
-            for line in loader:
+            for line in progress(loader, f"preparing {folder}", total, len(done)):
                 if line.startswith('{"stop"'):
                     raise BadInput(f"{json.loads(line)['stop']}; what is done is kept, start again to go on")
                 file.write(line + "\n")
                 file.flush()
-                bar.update()
         except RuntimeError as error:  # of DataLoader, when the system has killed a worker
             raise BadInput(f"a process ended ({error}); what is done is kept, fewer --jobs need less memory") from None
     counts = write_metadata(unfinished)
@@ -1224,26 +1257,30 @@ def prepare(
 def write_metadata(folder: Path) -> Counter:
     """The journal, in the order of its keys -> train/ and test/metadata.jsonl and quarantine.jsonl; -> counts."""
     places, counts = [], Counter()
-    with open(folder / JOURNAL, "rb") as file, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        names = {"train": "train/metadata.jsonl", "test": "test/metadata.jsonl", "bad": "quarantine.jsonl"}
+        for split in ("train", "test"):
+            (folder / split).mkdir(exist_ok=True)
+        out = {key: stack.enter_context(open(folder / name, "w")) for key, name in names.items()}
+        file = stack.enter_context(open(folder / JOURNAL, "rb"))
         offset = len(file.readline())
         for line in file:
             places.append((json.loads(line)["key"], offset))
             offset += len(line)
-        for split in ("train", "test"):
-            (folder / split).mkdir(exist_ok=True)
-        out = {s: stack.enter_context(open(folder / s / "metadata.jsonl", "w")) for s in ("train", "test")}
-        quarantine = stack.enter_context(open(folder / "quarantine.jsonl", "w"))
         for key, offset in sorted(places):
             file.seek(offset)
             entry = json.loads(file.readline())
-            for split, line in entry["rows"]:
-                out[split].write(line + "\n")
-            if entry["bad"] is not None:
-                quarantine.write(json.dumps({"item": key, "problem": entry["bad"]}) + "\n")
-            counts.update(
-                [split for split, _ in entry["rows"]] + entry["left_out"] + ["bad"] * (entry["bad"] is not None)
-            )
+            bad = [["bad", json.dumps({"item": key, "problem": entry["bad"]})]] * (entry["bad"] is not None)
+            for kind, line in entry["rows"] + bad:
+                out[kind].write(line + "\n")
+                counts[kind] += 1
+            counts.update(entry["left_out"])
     return counts
+
+
+def eight_bits(values: np.ndarray, white: float) -> Image.Image:
+    """[h, w, 3], 0 and below becoming black, `white` and above white."""
+    return Image.fromarray(np.rint(values * (255 / white)).clip(0, 255).astype(np.uint8))
 
 
 def encode(image: Image.Image, kind: str) -> bytes:
@@ -1253,7 +1290,7 @@ def encode(image: Image.Image, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def members(path: Path, suffix: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
+def members(path: Path, suffix: str | tuple[str, ...]) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """Files with that end in a folder or a tar archive -> (name inside it, how to read it before going on)."""
     if path.is_dir():
         walked = set()
@@ -1346,9 +1383,8 @@ def fmow_record(meta: dict, sx: float, sy: float, centre: list[float] | None, re
     NOTE[PAPER] supplement A changes gsd and location alone; the poster's own numbers show multispectral_gsd and
     pixel_size changed as well (41.1896 is 4.001 times the mean of its gsd): rescale "all", or "gsd" for the former."""
     meta = {k: v for k, v in meta.items() if not (isinstance(v, float) and not math.isfinite(v))}
-    gsd, wide, width, height = (
-        meta.get(k) for k in ("gsd", "multi_resolution_dbl", "mean_pixel_width", "mean_pixel_height")
-    )
+    measures = ("gsd", "multi_resolution_dbl", "mean_pixel_width", "mean_pixel_height")
+    gsd, wide, width, height = map(meta.get, measures)
     mx, my = (sx, sy) if rescale == "all" else (1, 1)
     record = {
         "gsd": [gsd * sx, gsd * sy] if gsd else None,
@@ -1362,37 +1398,28 @@ def fmow_record(meta: dict, sx: float, sy: float, centre: list[float] | None, re
 
 
 class Fmow:
-    """fMoW-RGB as people have it: the official release (train/ and val/, location in groundtruth.tar.bz2), the
-    ready-cropped copy of the paper's first author (folders or {train,val}-{images,metadata}.tar.gz), or WILDS-FMoW."""
+    """fMoW-RGB as people have it: the official release (train/ and val/, location in groundtruth.tar.bz2), or the
+    ready-cropped copy of the paper's first author (folders or {train,val}-{images,metadata}.tar.gz)."""
 
-    def __init__(self, source: Path, groundtruth: Path | None, options: argparse.Namespace):
-        self.source, self.options, self.places, self.sidecars = source, options, {}, None
+    def __init__(self, options: argparse.Namespace):
+        self.source, self.options, self.places, self.sidecars = options.source, options, {}, None
+        source, groundtruth = options.source, options.groundtruth
         archives = [source / f"{split}-{what}.tar.gz" for what in ("metadata", "images") for split in ("train", "val")]
-        if (source / "rgb_metadata.csv").is_file():
-            self.items, self.total = self.wilds, sum(1 for _ in self.wilds())
-            print("WILDS-FMoW: it has no ground sample distance, and whole images in place of crops")
-            return
         found = [source / n for n in ("groundtruth.tar.bz2", "groundtruth") if (source / n).exists()]
         if archives[2].is_file():
             missing = [str(archive) for archive in archives if not archive.is_file()]
             if missing:
                 raise BadInput(f"{missing[0]}: no such file; an archive of images goes with one of metadata")
-            self.sidecars = {
-                s: m for a in archives[:2] for s, m in self.read(members(a, "_rgb.json"), str(a), self.slim)
-            }
-            self.items, self.total = lambda: self.archived(archives[2:]), len(self.sidecars)
+            read = (self.read(members(path, "_rgb.json"), str(path), self.slim) for path in archives[:2])
+            self.sidecars = dict(itertools.chain.from_iterable(read))
+            self.archives = archives[2:]
         else:
             folders = [source / split for split in ("train", "val") if (source / split).is_dir()]
             if len(folders) < 2:
-                raise BadInput(
-                    f"{source}: no train/ and val/, no train-images.tar.gz, no rgb_metadata.csv; see the README"
-                )
+                what = "no train/ and val/, no train-images.tar.gz, no rgb_metadata.csv; see the README"
+                raise BadInput(f"{source}: {what}")
             stems = (f"{f.name}/{n}" for f in folders for n, _ in members(f, "_rgb.json"))
             self.stems = [stem.removesuffix(".json") for stem in progress(stems, f"listing {source}")]
-            self.items, self.total = (
-                lambda: (Item(s, functools.partial(self.image, s)) for s in self.stems),
-                len(self.stems),
-            )
         if groundtruth or found:
             path = groundtruth or found[0]
             self.places = dict(self.read(members(path, "_rgb.json"), str(path), place_of))
@@ -1406,12 +1433,12 @@ class Fmow:
         """JSON files -> (stem such as train/zoo/zoo_1/zoo_1_0_rgb, what `keep` takes of each)."""
         for path, content in progress(files, f"reading {name}"):
             stem = STEM.fullmatch(path)
-            with contextlib.suppress(
-                ValueError, KeyError, TypeError, IndexError
-            ):  # its image is quarantined, or unplaced
-                kept = keep(json.loads(content()))
-                if stem and kept is not None:
-                    yield f"{stem[1]}/{stem[2]}", kept
+            try:
+                kept = keep(json.loads(content())) if stem else None
+            except (ValueError, KeyError, TypeError, IndexError):
+                continue  # its image is quarantined, or has no place
+            if kept is not None:
+                yield f"{stem[1]}/{stem[2]}", kept
 
     def slim(self, meta: dict) -> dict:
         """Of a sidecar only what is used, since all of them are held in memory."""
@@ -1421,28 +1448,32 @@ class Fmow:
 
     def located(self) -> bool:
         """Whether the first sidecar has a location of its own."""
-        metas = iter(self.sidecars.values()) if self.sidecars else (self.sidecar(stem) for stem in self.stems)
-        return place_of(next(metas, {})) is not None
+        stems = iter(self.stems if self.sidecars is None else self.sidecars)
+        return any(place_of(self.sidecar(stem)) is not None for stem in itertools.islice(stems, 1))
 
     def sidecar(self, stem: str) -> dict:
-        return json.loads((self.source / f"{stem}.json").read_bytes())
+        if self.sidecars is None:
+            return json.loads((self.source / f"{stem}.json").read_bytes())
+        if stem not in self.sidecars:
+            raise BadInput(f"{stem}: no JSON of that name")
+        return self.sidecars[stem]
 
-    def archived(self, archives: list[Path]) -> Iterator[Item]:
-        for archive in archives:
+    def found(self) -> tuple[Callable[[], Iterable[Item]], int]:
+        if self.sidecars is None:
+            return lambda: (Item(s, functools.partial(self.image, s)) for s in self.stems), len(self.stems)
+        return self.archived, len(self.sidecars)
+
+    def archived(self) -> Iterator[Item]:
+        for archive in self.archives:
             for name, read in members(archive, "_rgb.jpg"):
                 stem = STEM.fullmatch(name)
                 key = f"{stem[1]}/{stem[2]}" if stem else name
-                if key not in self.sidecars:
-                    yield Item(key, functools.partial(unmatched, f"{name} in {archive}: no JSON of that name"))
-                    continue
-                yield Item(key, functools.partial(self.image, key, self.sidecars[key], read))
+                yield Item(key, functools.partial(self.image, key, read))
 
-    def image(
-        self, stem: str, meta: dict | None = None, read: Callable[[], bytes] | None = None
-    ) -> Iterator[Sample | str]:
+    def image(self, stem: str, read: Callable[[], bytes] | None = None) -> Iterator[Sample | str]:
         """One image -> a sample for each of its boxes."""
         split, *folders, name = stem.split("/")
-        meta = self.sidecar(stem) if meta is None else meta
+        meta = self.sidecar(stem)
         content = read() if read else (self.source / f"{stem}.jpg").read_bytes()
         ready = len(folders) == 3  # class/class_area/class_box: already cropped, one box
         image = open_image(io.BytesIO(content), Path(f"{stem}.jpg"))
@@ -1474,50 +1505,36 @@ class Fmow:
                 crop.load()
                 data = content
             else:
-                extent = (0, 0, *crop.size)
-                data = encode(
-                    crop.transform((size, size), Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR), "JPEG"
-                )
+                extent, bilinear = (0, 0, *crop.size), Image.Resampling.BILINEAR
+                data = encode(crop.transform((size, size), Image.Transform.EXTENT, extent, bilinear), "JPEG")
             yield Sample("train" if split == "train" else "test", record, data)
 
-    def wilds(self) -> Iterator[Item]:
-        for i, (_, _, row) in enumerate(read_rows(self.source / "rgb_metadata.csv")):
-            if isinstance(row, BadInput) or row.get("split") in ("train", "val"):
-                yield Item(f"{i:07d}", functools.partial(self.wilds_image, i, row))
 
-    def wilds_image(self, i: int, row: dict | BadInput) -> Iterator[Sample | str]:
+def wilds(source: Path) -> tuple[Callable[[], Iterable[Item]], int]:
+    """WILDS-FMoW: rgb_metadata.csv and images/."""
+    print("WILDS-FMoW: it has no ground sample distance, and whole images in place of crops")
+
+    def items() -> Iterator[Item]:
+        for i, (_, _, row) in enumerate(read_rows(source / "rgb_metadata.csv")):
+            if isinstance(row, BadInput) or row.get("split") in ("train", "val"):
+                yield Item(f"{i:07d}", functools.partial(make, i, row))
+
+    def make(i: int, row: dict | BadInput) -> Iterator[Sample | str]:
         if isinstance(row, BadInput):
             raise row
         if row["category"] == "false_detection":
             yield "false detections"
             return
-        path = self.source / "images" / f"rgb_img_{i}.png"
-        image, content = checked_image(path)
-        area = row["img_filename"].removesuffix(".jpg").removesuffix("_rgb").rpartition("_")[0]
+        path = source / "images" / f"rgb_img_{i}.png"
         country = COUNTRIES.get(row.get("country_code"), row.get("country_code"))
         record = {
-            "file_name": path.name,
-            "timestamp": row["timestamp"],
-            "location": [float(row["lon"]), float(row["lat"])],
-        }
-        record |= {
-            "country_code": country,
-            "cloud_cover": row.get("cloud_cover"),
-            "label": row["category"],
-            "area": area,
-        }
-        yield Sample("train" if row["split"] == "train" else "test", record, content)
+            "file_name": path.name, "timestamp": row["timestamp"], "location": [float(row["lon"]), float(row["lat"])],
+            "country_code": country, "cloud_cover": row.get("cloud_cover"), "label": row["category"],
+            "area": row["img_filename"].removesuffix(".jpg").removesuffix("_rgb").rpartition("_")[0],
+        }  # fmt: skip
+        yield Sample("train" if row["split"] == "train" else "test", record, checked_image(path)[1])
 
-
-def unmatched(problem: str) -> list[Sample]:
-    raise BadInput(problem)
-
-
-def progress(things: Iterable, text: str) -> Iterable:
-    """The same things, counted on screen once it takes long."""
-    from tqdm import tqdm
-
-    return tqdm(things, text, delay=3, mininterval=1)
+    return items, sum(1 for _ in items())
 
 
 def checked_image(path: Path) -> tuple[Image.Image, bytes]:
@@ -1538,16 +1555,18 @@ class Known:
     test: int
     classes: int
     suffixes: tuple[str, ...] = ()  # of its images, the preferred one first; their folders are the classes
-    test_lists: tuple[str, ...] = ("test",)  # NAME-PART.txt that make up the test split
+    lists: tuple[str, ...] = ()  # files that name the images of the training split, then of the test split
 
 
 KNOWN = {
     "fmow": Known(363_572, 53_043, 62),
-    "resisc45": Known(18_900, 6_300, 45, (".jpg",)),
-    "optimal31": Known(930, 930, 31, (".jpg",)),
-    "ucmerced": Known(1_260, 840, 21, (".tif",), ("val", "test")),  # supplement A joins them
+    "resisc45": Known(18_900, 6_300, 45, (".jpg",), ("resisc45-train.txt", "resisc45-test.txt")),
+    "optimal31": Known(930, 930, 31, (".jpg",), ("optimal31-train.txt", "optimal31-test.txt")),
+    "ucmerced": Known(  # supplement A joins validation and test
+        1_260, 840, 21, (".tif",), ("uc_merced-train.txt", "uc_merced-val.txt", "uc_merced-test.txt")
+    ),
     "fgsc23": Known(3_256, 824, 23, (".jpg",)),
-    "eurosat": Known(16_200, 5_400, 10, (".tif", ".jpg")),
+    "eurosat": Known(16_200, 5_400, 10, (".tif", ".jpg"), ("eurosat-train.txt", "eurosat-test.txt")),
     "so2sat": Known(352_366, 48_307, 17),
 }
 # NOTE[PAPER] range of Sentinel-2's 16 bits: reflectance 0 to 0.275, which EuroSAT's own JPEGs map to 0 to 255.
@@ -1559,65 +1578,50 @@ LOCAL_CLIMATE_ZONES = (
 ).split(";")
 
 
-def split_lists(source: Path, name: str) -> dict[str, str] | None:
-    """NAME-train.txt, NAME-test.txt, ... anywhere in the source -> {stem of an image: split}; None without them."""
-    name = {"ucmerced": "uc_merced"}.get(name, name)
-    files = {part: sorted(source.rglob(f"{name}-{part}.txt")) for part in ("train", "val", "test")}
-    known = KNOWN[{"uc_merced": "ucmerced"}.get(name, name)]
-    if not files["train"] or not all(files[part] for part in known.test_lists):
-        return None
-    read = lambda part: (
-        PurePosixPath(line.strip()).stem for line in files[part][0].read_text().splitlines() if line.strip()
-    )  # noqa: E731
-    return {stem: "train" for stem in read("train")} | {s: "test" for part in known.test_lists for s in read(part)}
+def split_images(source: Path, name: str, paths: list[Path], seed: int) -> dict[Path, str | None]:
+    """Each image's split: by its folder where the dataset has no lists, else by them, None when in neither."""
+    lists = [next(source.rglob(file), None) for file in KNOWN[name].lists]
+    if not lists:
+        return {path: path.parent.parent.name for path in paths}
+    if None not in lists:
+        stems = [{PurePosixPath(line.strip()).stem for line in file.read_text().splitlines()} for file in lists]
+        split = dict.fromkeys(stems[0], "train") | dict.fromkeys(set().union(*stems[1:]), "test")
+        return {path: split.get(path.stem) for path in paths}
+    if name != "optimal31":
+        wanted = ", ".join(KNOWN[name].lists)
+        raise BadInput(f"{source}: no split lists ({wanted}); torchgeo's documentation says where they are")
+    print("Optimal-31 without its lists: a random half of each class is the training split")
+    chance = lambda path: hashlib.sha256(f"{seed} {path.stem}".encode()).digest()  # noqa: E731
+    halves = {}
+    for _, group in itertools.groupby(paths, lambda path: path.parent):
+        group = sorted(group, key=chance)
+        halves |= {path: "train" if i < len(group) // 2 else "test" for i, path in enumerate(group)}
+    return halves
 
 
 def class_folders(source: Path, name: str, seed: int) -> tuple[Callable[[], Iterable[Item]], int]:
     """A dataset whose images lie in a folder for each class (FGSC-23: under train/ and test/)."""
-    for suffix in KNOWN[name].suffixes:
-        paths = sorted(path for path in progress(source.rglob(f"*{suffix}"), f"listing {source}"))
-        if paths:
-            break
-    else:
-        raise BadInput(
-            f"{source}: no {' or '.join(KNOWN[name].suffixes)} in it; see the README for the layout of {name}"
-        )
-    if name == "eurosat" and suffix == ".jpg":
-        print("EuroSAT from JPEGs: without GSD and location; the 13-band GeoTIFFs (EuroSATallBands) have them")
-    if name == "eurosat" and suffix == ".tif":
+    suffixes = KNOWN[name].suffixes
+    found = {suffix: sorted(progress(source.rglob(f"*{suffix}"), f"listing {source}")) for suffix in suffixes}
+    suffix = next((suffix for suffix in suffixes if found[suffix]), None)
+    if suffix is None:
+        raise BadInput(f"{source}: no {' or '.join(suffixes)} in it; see the README for the layout of {name}")
+    geotiff = name == "eurosat" and suffix == ".tif"
+    if geotiff:
         need("tifffile", "EuroSAT's GeoTIFFs")
-    if name == "fgsc23":
-        split_of = {path: path.parent.parent.name for path in paths}
-    else:
-        lists = split_lists(source, name)
-        if lists is None and name != "optimal31":
-            wanted = ", ".join(
-                f"{name}-{part}.txt".replace("ucm", "uc_m") for part in ("train", *KNOWN[name].test_lists)
-            )
-            raise BadInput(f"{source}: no split lists ({wanted}); torchgeo's documentation says where they are")
-        if lists is None:
-            print("Optimal-31 without its lists: a random half of each class is the training split")
-            lists = {}
-            for _, group in itertools.groupby(paths, lambda path: path.parent.name):
-                stems = sorted((p.stem for p in group), key=lambda s: hashlib.sha256(f"{seed} {s}".encode()).digest())
-                lists |= {stem: "train" if i < len(stems) // 2 else "test" for i, stem in enumerate(stems)}
-        split_of = {path: lists.get(path.stem) for path in paths}
-    chosen = [path for path in paths if split_of[path] in ("train", "test")]
+    elif name == "eurosat":
+        print("EuroSAT from JPEGs: without GSD and location; the 13-band GeoTIFFs (EuroSATallBands) have them")
+    split_of = split_images(source, name, found[suffix], seed)
+    chosen = [path for path in found[suffix] if split_of[path] in ("train", "test")]
 
     def make(path: Path) -> Iterator[Sample]:
-        record = {"file_name": f"{path.parent.name}/{path.name}", "label": path.parent.name}
-        if name == "eurosat" and suffix == ".tif":
-            image, geography = read_geotiff(path)
-            record, content = record | geography, encode(image, "PNG")
-        else:
-            image, content = checked_image(path)
-            content = content if suffix == ".jpg" else encode(image.convert("RGB"), "PNG")
-        if suffix == ".tif":
-            record["file_name"] = record["file_name"].removesuffix(suffix) + ".png"
-        yield Sample(split_of[path], record, content)
+        image, record = read_geotiff(path) if geotiff else (checked_image(path)[0].convert("RGB"), {})
+        content, ending = (path.read_bytes(), ".jpg") if suffix == ".jpg" else (encode(image, "PNG"), ".png")
+        kind = path.parent.name
+        yield Sample(split_of[path], {"file_name": f"{kind}/{path.stem}{ending}", "label": kind, **record}, content)
 
-    key = lambda path: str(path.relative_to(source))  # noqa: E731
-    return lambda: (Item(key(path), functools.partial(make, path)) for path in chosen), len(chosen)
+    items = lambda: (Item(str(p.relative_to(source)), functools.partial(make, p)) for p in chosen)  # noqa: E731
+    return items, len(chosen)
 
 
 def need(package: str, what: str):
@@ -1634,14 +1638,14 @@ def read_geotiff(path: Path) -> tuple[Image.Image, dict]:
         pixels, tags = file.asarray(), file.pages[0].geotiff_tags
     if pixels.ndim != 3 or pixels.shape[2] != 13:
         raise BadInput(f"{path}: shape {pixels.shape}, not 13 bands")
-    rgb = np.rint(pixels[..., [3, 2, 1]] * (255 / (1e4 * REFLECTANCE))).clip(0, 255).astype(np.uint8)
     scale, tie, code = (tags.get(k) for k in ("ModelPixelScale", "ModelTiepoint", "ProjectedCSTypeGeoKey"))
     if not scale or not tie or not 32601 <= int(code or 0) <= 32760:
         raise BadInput(f"{path}: no UTM georeference (EPSG {code})")
     height, width = pixels.shape[:2]
     x, y = tie[3] + (width / 2 - tie[0]) * scale[0], tie[4] - (height / 2 - tie[1]) * scale[1]
     place = utm_to_degrees(x, y, int(code) % 100, north=int(code) < 32700)
-    return Image.fromarray(rgb), {"gsd": [float(scale[0]), float(scale[1])], "location": place}
+    rgb = eight_bits(pixels[..., [3, 2, 1]], 1e4 * REFLECTANCE)
+    return rgb, {"gsd": [float(scale[0]), float(scale[1])], "location": place}
 
 
 def utm_to_degrees(x: float, y: float, zone: int, north: bool) -> list[float]:
@@ -1662,29 +1666,25 @@ def utm_to_degrees(x: float, y: float, zone: int, north: bool) -> list[float]:
 def so2sat(source: Path) -> tuple[Callable[[], Iterable[Item]], int]:
     """So2Sat LCZ42: training.h5 and testing.h5; of its Sentinel-2 bands (B2, B3, B4, ...) the RGB."""
     h5py = need("h5py", "So2Sat's files")
-    paths = {"train": sorted(source.rglob("training.h5")), "test": sorted(source.rglob("testing.h5"))}
-    for split, found in paths.items():
-        if not found:
-            raise BadInput(
-                f"{source}: no {split}ing.h5 in it; So2Sat's culture_10 folder has training.h5 and testing.h5"
-            )
-    files = {split: h5py.File(found[0]) for split, found in paths.items()}  # opened again by each worker, see below
-    sizes = {split: len(file["label"]) for split, file in files.items()}
-    for file in files.values():
-        file.close()
+    paths = {split: next(source.rglob(f"{split}ing.h5"), None) for split in ("train", "test")}
+    if None in paths.values():
+        raise BadInput(f"{source}: no training.h5 and testing.h5 in it; So2Sat's culture_10 folder has them")
+    sizes = {}
+    for split, path in paths.items():
+        with h5py.File(path) as file:  # opened again by each worker, see below
+            sizes[split] = len(file["label"])
 
     def items() -> Iterator[Item]:
-        for split, found in paths.items():
-            file = h5py.File(found[0])
+        for split, path in paths.items():
+            file = h5py.File(path)
             for i in range(sizes[split]):
                 yield Item(f"{split}/{i:06d}", functools.partial(make, file, split, i))
 
     def make(file, split: str, i: int) -> Iterator[Sample]:
-        rgb = np.rint(file["sen2"][i][..., [2, 1, 0]] * (255 / REFLECTANCE)).clip(0, 255).astype(np.uint8)
+        rgb = eight_bits(file["sen2"][i][..., [2, 1, 0]], REFLECTANCE)
         label = LOCAL_CLIMATE_ZONES[int(file["label"][i].argmax())]
-        yield Sample(
-            split, {"file_name": f"{i // 1000:03d}/{i:06d}.png", "label": label}, encode(Image.fromarray(rgb), "PNG")
-        )
+        record = {"file_name": f"{i // 1000:03d}/{i:06d}.png", "label": label}
+        yield Sample(split, record, encode(rgb, "PNG"))
 
     return items, sum(sizes.values())
 
@@ -1707,20 +1707,17 @@ def stac_rows(folder: Path) -> Iterator[tuple[str, int, dict | BadInput]]:
                 continue
             row = dict(item["properties"])
             if item.get("bbox"):
-                west, south, east, north = (
-                    item["bbox"][i] for i in ((0, 1, 2, 3) if len(item["bbox"]) == 4 else (0, 1, 3, 4))
-                )
+                dimensions = len(item["bbox"]) // 2  # 3 with heights
+                west, south, east, north = item["bbox"][:2] + item["bbox"][dimensions : dimensions + 2]
                 row["location"] = [(west + east) / 2, (south + north) / 2]
             assets = [str(PurePosixPath(name).parent / a["href"]) for a in item.get("assets", {}).values()]
             beside = [name.removesuffix(".json") + suffix for suffix in IMAGE_SUFFIXES]
             images = [p for p in beside + assets if p.lower().endswith(IMAGE_SUFFIXES) and (folder / p).is_file()]
-            row = (
-                {"file_name": os.path.normpath(images[0]), **row}
-                if images
-                else BadInput(f"{folder / name}: no image beside it")
-            )
+            if not images:
+                raise ValueError("no image beside it")
+            row = {"file_name": os.path.normpath(images[0]), **row}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            row = BadInput(f"{folder / name}: not a STAC item ({type(error).__name__}: {error})")
+            row = BadInput(f"{folder / name}: not a STAC item with an image ({type(error).__name__}: {error})")
         yield str(folder / name), -1, row
 
 
@@ -1746,9 +1743,7 @@ def as_eight_bits(path: Path, limits: list[float] | None, size: int | None) -> t
             return content, path.suffix
         image = image.convert("RGB")
     else:
-        image = Image.fromarray(
-            np.rint((read_array(path) - limits[0]) * (255 / (limits[1] - limits[0]))).clip(0, 255).astype(np.uint8)
-        )
+        image = eight_bits(read_array(path) - limits[0], limits[1] - limits[0])
     if size and max(image.size) > size:
         scale = size / max(image.size)
         image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BOX)
@@ -1767,9 +1762,7 @@ def read_array(path: Path) -> np.ndarray:
         pixels = np.asarray(Image.open(path))
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3 or pixels.shape[2] > 4:
-        raise BadInput(
-            f"{path}: shape {pixels.shape}; with --range an image has 1 to 4 bands, the first three being RGB"
-        )
+        raise BadInput(f"{path}: shape {pixels.shape}; --range needs 1 to 4 bands, the first three being RGB")
     return (pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1].repeat(3, 2)).astype(np.float64)
 
 
@@ -1786,7 +1779,7 @@ def own(args: argparse.Namespace) -> tuple[Callable[[], Iterable[Item]], int, di
             row = {name: iso(value) for name, value in row.items()}
         return canonical(row)
 
-    sample = [row for row in itertools.islice((r for _, _, r in rows() if isinstance(r, dict)), 100_000)]
+    sample = list(itertools.islice((row for _, _, row in rows() if isinstance(row, dict)), 100_000))
     path_column = column_of_paths(sample[:20], args.images, args.path_column)
     sample = [clean(row) for row in sample]
     present = dict.fromkeys(name for row in sample for name in row)
@@ -1795,7 +1788,7 @@ def own(args: argparse.Namespace) -> tuple[Callable[[], Iterable[Item]], int, di
         if name and name not in present:
             raise BadInput(f"no column {name!r} in {args.table}; there are {', '.join(present)}")
     labels = {name: "label" if len(labels) == 1 else f"label_{name}" for name in labels}
-    labels = labels or {name: name for name in present if name == "label" or name.startswith("label_")}
+    labels = labels or {name: name for name in present if is_label(name)}
     area, told = args.area or "area", args.split_column or "split"
     kinds = dict(part.partition("=")[::2] for part in args.types.split(",") if part)
     for name, kind in kinds.items():
@@ -1857,66 +1850,52 @@ def describe(name: str, folder: Path, workers: int) -> str:
     filled = [f for f in (folder / "train", folder / "test") if metadata_file(f).stat().st_size]
     splits, known, lines = [read_split(f, fields) for f in filled], KNOWN.get(name), []
     for split, expected in zip(splits, (known.train, known.test) if known else (None, None)):
-        classes = (
-            ", ".join(f"{len(c.values)} {n.removeprefix('label_')}s" for n, c in split.labels.items()) or "no label"
-        )
+        classes = [f"{len(c.values)} {label.removeprefix('label_')}s" for label, c in split.labels.items()]
         beside = f" (paper: {expected:,}; {known.classes} classes)" if known else ""
-        lines.append(f"{split.folder.name}: {len(split):,} images, {classes}{beside}")
+        lines.append(f"{split.folder.name}: {len(split):,} images, {', '.join(classes) or 'no label'}{beside}")
+    train, found = splits[0], {}
+    three = lambda values: [values[i] for i in (0, len(values) // 2, -1)] if len(values) else []  # noqa: E731
+    for field, column in columns_of(train.table, fields):
+        if field.kind == "category":
+            found[field.name] = [f"{len(column.values)} different"] * (len(column.values) > 0)
+        elif field.kind == "number":
+            for part, values in zip(field.parts or ("",), column):
+                spread = three(np.sort(values[~np.isnan(values)]))
+                found[f"{field.name} {part}".strip()] = [field.style % value for value in spread]
+        elif not np.isnan(column).all():
+            dates = (train.record(i).get(field.name) for i in range(len(train)))
+            found[field.name] = three(sorted(d for d in dates if parse_timestamp(d)))
     rows = [("train" + " (and the paper's)" * (name == "fmow"), "lowest", "median", "highest")]
-    numbers, categories = iter(splits[0].table.numbers.T), iter(splits[0].table.categories)
-    for field in fields:
-        columns = [next(numbers) for _ in number_columns((field,))] if field.kind != "category" else []
-        found = {}
-        if field.kind == "number":
-            for part, column in zip(field.parts or ("",), columns):
-                column = np.sort(column[~np.isnan(column)])
-                if len(column):
-                    found[f"{field.name} {part}".strip()] = [field.style % column[i] for i in (0, len(column) // 2, -1)]
-        elif field.kind == "timestamp" and not np.isnan(columns[0]).all():
-            dates = (splits[0].record(i).get(field.name) for i in range(len(splits[0])))
-            dates = sorted(d for d in dates if parse_timestamp(d))
-            found[field.name] = [dates[i] for i in (0, len(dates) // 2, -1)]
-        elif field.kind == "category":
-            different = len(next(categories).values)
-            found = {field.name: [f"{different} different"]} if different else {}
-        for key, values in found.items():
-            paper = PAPER_RANGES.get(key, ()) if name == "fmow" else ()
-            cells = itertools.zip_longest(values, paper, fillvalue="")
-            rows.append((key, *[f"{a} ({b})" if b else a for a, b in cells], *[""] * (3 - len(values))))
+    for key, values in found.items():
+        if values:
+            paper = (*(PAPER_RANGES.get(key, ()) if name == "fmow" else ()), "", "", "")
+            rows.append((key, *[f"{a} ({b})" if b else a for a, b in zip([*values, "", ""][:3], paper)]))
     lines += [columns_of_text(rows)] if len(rows) > 1 else []
-    mean, std = channel_statistics(splits[0], 224, workers)
-    return "\n".join([*lines, f"channels: mean {mean[0]:.4f} {mean[1]:.4f} {mean[2]:.4f}, deviation "
-                      f"{std[0]:.4f} {std[1]:.4f} {std[2]:.4f} (0 to 1)"])  # fmt: skip
+    mean, std = (" ".join(f"{v:.4f}" for v in values) for values in channel_statistics(train, 224, workers))
+    return "\n".join([*lines, f"channels: mean {mean}, deviation {std} (0 to 1)"])
 
 
-class Decoded(torch.utils.data.Dataset):
-    """Each file decoded, to see whether it can be: -> (fingerprint of its bytes, what is wrong or "")."""
-
-    def __init__(self, folder: Path, names: list[str]):
-        self.folder, self.names = folder, names
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, i: int) -> tuple[bytes, str]:
-        try:
-            return hashlib.sha256(checked_image(self.folder / self.names[i])[1]).digest(), ""
-        except BadInput as error:
-            return b"", str(error)
+def fingerprint(path: Path) -> tuple[bytes, str]:
+    """A file's image decoded, to see whether it can be: -> (fingerprint of its bytes, what is wrong or "")."""
+    try:
+        return hashlib.sha256(checked_image(path)[1]).digest(), ""
+    except BadInput as error:
+        return b"", str(error)
 
 
-class Findings:
-    """Faults by (split, kind): how often, the first of them, and whether training can start in spite of them."""
+@dataclass
+class Finding:
+    """One kind of fault in one split: where it was met first, how often, whether training cannot start with it."""
 
-    def __init__(self):
-        self.found = {}
+    split: str
+    problem: str
+    first: str
+    stops: bool
+    count: int = 0
 
-    def add(self, split: str, what: str, example: str, stops: bool = False) -> None:
-        entry = self.found.setdefault((split, what), {"count": 0, "first": example, "stops": stops})
-        entry["count"] += 1
 
-    def rows(self) -> list[dict]:
-        return [{"split": split, "problem": what, **entry} for (split, what), entry in self.found.items()]
+def find(findings: dict, split: str, problem: str, example: str, stops: bool = False) -> None:
+    findings.setdefault((split, problem), Finding(split, problem, example, stops)).count += 1
 
 
 def fault_of(value: object, field: Field) -> str:
@@ -1932,17 +1911,17 @@ def fault_of(value: object, field: Field) -> str:
     return "out of range"
 
 
-def check_split(folder: Path, fields: dict[str, Field], workers: int, findings: Findings) -> dict:
-    """Add the faults of one split -> {"images": n, "fields": ..., "labels": ..., "areas": ..., "prints": ...}."""
-    add = functools.partial(findings.add, folder.name)
-    seen, areas, labels, lengths, prints = {}, set(), {}, Counter(), {}
+def check_split(folder: Path, fields: dict[str, Field], workers: int, findings: dict) -> tuple[dict, set, dict]:
+    """Add the faults of one split to `findings` -> (its counts, its areas, the name of each image's fingerprint)."""
+    add = functools.partial(find, findings, folder.name)
+    seen, areas, labels, lengths, prints = {}, set(), {}, [], {}
     missing, values = Counter(), {name: set() for name in fields}
     try:
-        source = metadata_file(folder)
+        rows = progress(read_rows(metadata_file(folder)), f"reading {folder}")
     except BadInput as error:
         add("no metadata", str(error), stops=True)
-        return {"images": 0, "fields": {}, "labels": {}, "areas": areas, "prints": prints, "tokens": {}}
-    for where, _, row in progress(read_rows(source), f"reading {source}"):
+        rows = []
+    for where, _, row in rows:
         try:
             if isinstance(row, BadInput):
                 raise row
@@ -1963,86 +1942,67 @@ def check_split(folder: Path, fields: dict[str, Field], workers: int, findings: 
                 values[field.name].add(text)
             if value is not None and text is None:
                 add(f"{field.name}: {fault_of(value, field)}", f"{where}: {value!r}")
-        place, zone = (
-            parse_numbers(record.get("location"), FIELDS["location"]),
-            re.match(r"(\d\d?)[A-Z]$", str(record.get("utm_zone"))),
-        )
+        place = parse_numbers(record.get("location"), FIELDS["location"])
+        zone = re.match(r"(\d\d?)[A-Z]$", str(record.get("utm_zone")))
         if place and zone and (int(zone[1]) - 1 - (place[0] + 180) // 6) % 60 not in (0, 1, 59):
             add("location outside its utm_zone", f"{where}: {place} is not in {zone[0]}")
-        for key in record:
-            if (key == "label" or key.startswith("label_")) and record[key] is not None:
-                labels.setdefault(key, Counter())[str(record[key])] += 1
+        for key in filter(is_label, record):
+            labels.setdefault(key, Counter())[str(record[key])] += 1
         if "area" in record:
             areas.add(str(record["area"]))
-        lengths[len(tokenizer()(caption(record, tuple(fields.values()))))] += 1
-    images = [
-        name
-        for suffix in (s for one in IMAGE_SUFFIXES for s in (one, one.upper()))
-        for name, _ in members(folder, suffix)
-    ]
-    for name in sorted(set(images) - seen.keys()):
-        add("image without a row", name)
+        lengths.append(len(tokenizer()(caption(record, tuple(fields.values())))))
+    for name, _ in members(folder, (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))) if folder.is_dir() else ():
+        if name not in seen:
+            add("image without a row", name)
     present = [name for name in seen if (folder / name).is_file()]
     for name in seen.keys() - set(present):
         add("row without its image", f"{seen[name]}: {name}", stops=True)
-    loader = torch.utils.data.DataLoader(Decoded(folder, present), batch_size=None, num_workers=workers)
-    for name, (fingerprint, problem) in zip(present, progress(loader, f"decoding {folder}")):
+    loader = torch.utils.data.DataLoader(
+        [folder / name for name in present], batch_size=None, collate_fn=fingerprint, num_workers=workers
+    )
+    for name, (found, problem) in zip(present, progress(loader, f"decoding {folder}")):
         if problem:
             add("unreadable image", problem, stops=True)
-        elif fingerprint in prints:
-            add("image twice", f"{name} is {prints[fingerprint]}")
-        else:
-            prints[fingerprint] = name
-    count = sum(lengths.values())
+        elif prints.setdefault(found, name) != name:
+            add("image twice", f"{name} is {prints[found]}")
+    count = len(lengths)
     for name, different in values.items():
         if len(different) == 1 and count - missing[name] > 1:
             add(f"{name}: constant", f"always {next(iter(different))}")
-    tokens = list(lengths.elements())
-    return {
-        "images": count, "fields": {name: missing[name] / max(1, count) for name in fields}, "labels": labels,
-        "areas": areas, "prints": prints, "tokens": {"shortest": min(tokens), "longest": max(tokens)} if tokens else {},
-    }  # fmt: skip
+    rates = {name: missing[name] / max(1, count) for name in fields}
+    tokens = {"shortest": min(lengths), "longest": max(lengths)} if lengths else {}
+    return {"images": count, "fields": rates, "labels": labels, "tokens": tokens}, areas, prints
 
 
 def check(folder: Path, workers: int, as_json: bool) -> bool:
     """Look at every line and every image, print what is wrong -> whether training can start."""
-    findings, folders = Findings(), (folder / "train", test_folder(folder))
+    findings, folders, fields = {}, {"train": folder / "train", "test": test_folder(folder)}, {}
     try:
-        rows = (row for _, _, row in read_rows(metadata_file(folders[0])) if isinstance(row, dict))
+        rows = (row for _, _, row in read_rows(metadata_file(folders["train"])) if isinstance(row, dict))
         fields = read_fields(folder) or infer_fields(map(canonical, rows), {})[0]
     except BadInput as error:
-        fields = {}
-        findings.add("train", "no fields", str(error), stops=True)
-    train, test = (check_split(f, fields, workers, findings) for f in folders)
-    for area in sorted(map(str, train["areas"] & test["areas"])):
-        findings.add("both", "area in train and test", area)
-    for fingerprint in train["prints"].keys() & test["prints"].keys():
-        findings.add(
-            "both", "image in train and test", f"{train['prints'][fingerprint]}, {test['prints'][fingerprint]}"
-        )
-    problems = findings.rows()
-    fine = not any(problem["stops"] for problem in problems)
+        find(findings, "train", "no fields", str(error), stops=True)
+    (train, *ours), (test, *theirs) = (check_split(f, fields, workers, findings) for f in folders.values())
+    for area in sorted(ours[0] & theirs[0]):
+        find(findings, "both", "area in train and test", area)
+    for shared in ours[1].keys() & theirs[1].keys():
+        find(findings, "both", "image in train and test", f"{ours[1][shared]}, {theirs[1][shared]}")
+    problems = [dataclasses.asdict(finding) for finding in findings.values()]
+    fine, summaries = not any(problem["stops"] for problem in problems), {"train": train, "test": test}
     if as_json:
-        summary = {
-            split: {k: v for k, v in s.items() if k not in ("areas", "prints")}
-            for split, s in (("train", train), ("test", test))
-        }
-        print(json.dumps({"can_train": fine, "problems": problems, **summary}))
+        print(json.dumps({"can_train": fine, "problems": problems, **summaries}))
         return fine
-    for split, summary in (("train", train), ("test", test)):
+    for split, summary in summaries.items():
         missing = ", ".join(f"{name} {rate:.0%}" for name, rate in summary["fields"].items()) or "there are no fields"
         tokens = " to ".join(map(str, summary["tokens"].values()))
         print(f"{split}: {summary['images']:,} images; missing: {missing}; caption: {tokens} tokens")
         for label, classes in summary["labels"].items():
-            least, most = min(classes, key=classes.get), max(classes, key=classes.get)
-            print(
-                f"  {label}: {len(classes)} classes, {classes[least]:,} ({least}) to {classes[most]:,} ({most}) images"
-            )
+            ranked = classes.most_common()
+            (most, many), (least, few) = ranked[0], ranked[-1]
+            print(f"  {label}: {len(classes)} classes, {few:,} ({least}) to {many:,} ({most}) images")
     lines = [("split", "problem", "count", "training", "the first")]
-    lines += [
-        (p["split"], p["problem"], f"{p['count']:,}", "stops" if p["stops"] else "runs", p["first"][:150])
-        for p in problems
-    ]
+    for p in problems:
+        lines.append((p["split"], p["problem"], f"{p['count']:,}", "stops" if p["stops"] else "runs", p["first"][:150]))
     print(columns_of_text(lines) if problems else "no problem found")
     return fine
 
@@ -2134,9 +2094,7 @@ def parser() -> argparse.ArgumentParser:
     mine.add_argument("--path-column", help="column that names the image; default: found")
     mine.add_argument("--label", default="", help="column of classes, or several separated by commas; default: label")
     mine.add_argument("--area", default="", help="column that names a place seen more than once; default: area")
-    mine.add_argument(
-        "--split-column", default="", help="column that says train or test; default: split, else at random"
-    )
+    mine.add_argument("--split-column", default="", help="column that says train or test; default: split, or at random")
     mine.add_argument("--test-share", type=float, default=0.2, help="of a random split, whole areas")
     mine.add_argument("--types", default="", help=f"COLUMN=KIND,... with KIND one of {', '.join(KINDS)}")
     mine.add_argument("--dates", choices=("day-first", "month-first"), help="how to read 03/04/2015")
@@ -2168,12 +2126,11 @@ def run(args: argparse.Namespace) -> None:
         if args.command == "own":
             items, total, fields = own(args)
         elif args.command == "fmow":
-            fmow = Fmow(args.source, args.groundtruth, args)
-            items, total = fmow.items, fmow.total
+            items, total = wilds(source) if (source / "rgb_metadata.csv").is_file() else Fmow(args).found()
         elif args.command == "so2sat":
-            items, total = so2sat(args.source)
+            items, total = so2sat(source)
         else:
-            items, total = class_folders(args.source, args.command, args.seed)
+            items, total = class_folders(source, args.command, args.seed)
         options = {name: str(value) for name, value in vars(args).items() if name != "jobs"}
         report = prepare(items, total, args.folder, options, max(1, args.jobs), fields)
         print(f"{describe(args.command, args.folder, args.jobs)}\n{report}")

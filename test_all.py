@@ -1071,12 +1071,15 @@ AUGMENTATIONS = {  # name -> size of the view, parameters
 }
 
 
+@pytest.mark.parametrize("each", [True, False], ids=["each", "all"])
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_augmentation_equals_torchvision(name):
-    """With the same parameters, each operation alone and all of them together give torchvision's pixels."""
+def test_augmentation_equals_torchvision(name, each):
+    """With the same parameters, each operation alone and all of them together give torchvision's pixels; the way of a
+    CPU rounds what it resized to 8 bits, which jitter may magnify."""
     size, d = AUGMENTATIONS[name]
-    images = images_of(len(d.gray), 64)
-    for i, (x, out) in enumerate(zip(images, data.augment(images, d, size), strict=True)):
+    images, resized = images_of(len(d.gray), 64), size != 64 or not (d.box == [0, 0, 64, 64]).all()
+    tolerance = (5 if name == "strong" else 1.2) / 255 if each and resized else 2e-5
+    for i, (x, out) in enumerate(zip(images, data.augment(images, d, size, each), strict=True)):
         x = TF.resized_crop(x.permute(2, 0, 1) / 255, *map(int, d.box[i]), [size, size], antialias=True)
         x = TF.vflip(x) if d.flip[i][0] else x
         x = TF.hflip(x) if d.flip[i][1] else x
@@ -1085,7 +1088,17 @@ def test_augmentation_equals_torchvision(name):
             x = JITTER[operation](x, float(d.factors[i][operation]))
         x = TF.rgb_to_grayscale(x, 3) if d.gray[i] else x
         x = TF.gaussian_blur(x, 2 * (size // 20) + 1, float(d.sigma[i])) if d.sigma[i] else x
-        assert worst(out, x) < 2e-5, i
+        assert worst(out, x) < tolerance and (out - x).abs().mean() < 0.5 / 255, i
+
+
+@pytest.mark.parametrize("each", [True, False], ids=["each", "all"])
+def test_augmentation_does_not_depend_on_the_batch(each):
+    """A view is the same alone and among others, in the way of a CPU bit for bit; which a CPU takes by itself."""
+    images, d = images_of(70, 64), data.draw(data.POLICIES["strong"], 64, 0, 1, np.arange(70), 0)
+    together = data.augment(images, d, 48, each)
+    alone = [data.augment(images[i : i + 1], data.Draws(*(v[i : i + 1] for v in d)), 48, each) for i in range(70)]
+    assert torch.equal(torch.cat(alone), together) if each else worst(torch.cat(alone), together) < 2e-6
+    assert torch.equal(data.augment(images, d, 48), together) == each
 
 
 @pytest.mark.parametrize("vertical, horizontal, turn", FLIPS)
@@ -1674,7 +1687,8 @@ def test_kinds_of_columns():
     kinds = {
         "height": ("number", "%.6g", ()), "count": ("number", "%.0f", ()), "bands": ("number", "%.6g", ("1", "2")),
         "site": ("category", "%s", ()), "acquired": ("timestamp", "%s", ()), "id": None,
-        "mixed": ("number", "%.0f", ()), "altitude": ("number", "%.0f", ()), "gsd": ("number", "%.4f", ("x", "y")), "half": ("category", "%s", ()),
+        "mixed": ("number", "%.0f", ()), "altitude": ("number", "%.0f", ()), "gsd": ("number", "%.4f", ("x", "y")),
+        "half": ("category", "%s", ()),
     }  # fmt: skip
     for name, column in values.items():
         field, remark = metadata.infer_field(name, column)
@@ -1937,11 +1951,17 @@ def test_cache(dataset, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(data, "build_split", None)
         again = data.read_split(folder, DEFAULT, captions=True)
-    assert isinstance(again.table.numbers, np.memmap) and np.array_equal(first.table.numbers, again.table.numbers, True)
+    assert str(tmp_path / "data/.cache") in Path("/proc/self/maps").read_text(), "it is mapped"
+    assert np.array_equal(first.table.numbers, again.table.numbers, True)
     assert [again.names[i] for i in range(48)] == [first.names[i] for i in range(48)]
     path = folder / "metadata.jsonl"
     path.write_text("".join(path.read_text().splitlines(True)[1:]))
     assert len(data.read_split(folder, DEFAULT, captions=True)) == 47
+    records = json_lines(path)
+    path.write_text(path.read_text().replace("\n", "\n \v\n"))
+    split = data.read_split(folder, DEFAULT)
+    assert [split.record(i) for i in range(47)] == [metadata.canonical(r) for r in records], "blank lines between"
+    assert len(list((folder.parent / ".cache").iterdir())) == 1, "what was kept of earlier states is removed"
     shutil.rmtree(folder.parent / ".cache")
     (folder.parent / ".cache").write_text("in the way")
     monkeypatch.setattr(data.tempfile, "tempdir", str(tmp_path))
@@ -1974,7 +1994,8 @@ def plant(folder: Path) -> dict[str, str]:
         (folder / split / "metadata.jsonl").write_text(text + ("not a line\n" if split == "train" else ""))
     return {
         "timestamp: no date": "sometime", "location: latitude and longitude swapped": "112.5",
-        "gsd: malformed": "'wide'", "location: out of range": "200.0", "location outside its utm_zone": "18M", "cloud_cover: out of range": "140",
+        "gsd: malformed": "'wide'", "location: out of range": "200.0", "location outside its utm_zone": "18M",
+        "cloud_cover: out of range": "140",
         "image without a row": "extra.jpg", "unreadable image": "13.png", "row without its image": "14.png",
         "image twice": "22.png is 20.png", "image in train and test": "23.png, 01.png", "file_name twice": "15.jpg",
         "unreadable line": "line 50: not JSON", "area in train and test": "shared", "wavelengths: constant": "661",
@@ -2284,11 +2305,8 @@ def test_presets():
     demo, name = train.parse_config(["--epochs", "3"])
     assert name == "demo table2" and {**dataclasses.asdict(demo), **train.DEMO, "epochs": 3} == dataclasses.asdict(demo)
     table, name = train.parse_config(["--data", "DIR", "--preset", "table6-decoupled", "--epochs", "2"])
-    assert name == "paper table6-decoupled" and (table.decouple_views, table.epochs, table.vit) == (
-        True,
-        2,
-        "vit_small",
-    )
+    assert name == "paper table6-decoupled"
+    assert (table.decouple_views, table.epochs, table.vit) == (True, 2, "vit_small")
     for name in train.PRESETS:
         assert train.parse_config(["--preset", name])[0].image_size == 64
 
@@ -2919,18 +2937,8 @@ def parent(stat: Path) -> int | None:
 def test_signals_to_a_real_process(dataset, tmp_path):
     """Two SIGTERM: at once, without saving. Ctrl-C: no worker stays. A killed worker: one line. The second is sent
     to the whole session, as a terminal does."""
-    argv = [
-        *TINY,
-        "--data",
-        dataset,
-        "--output",
-        tmp_path / "run",
-        *RUNS["simclr"].split(),
-        "--workers",
-        2,
-        "--epochs",
-        9,
-    ]
+    argv = [*TINY, *RUNS["simclr"].split(), "--workers", 2, "--epochs", 9]
+    argv += ["--data", dataset, "--output", tmp_path / "run"]
     for case, code in {"twice": 143, "interrupt": 130, "worker": 1}.items():
         (process,) = start(tmp_path, argv, fault=sleep_in_step_two)
         said = tmp_path / "said-0"
