@@ -12,6 +12,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import gzip
 import html
 import io
@@ -180,7 +181,7 @@ TINY = (
 ).split()
 RUNS = {  # together they use every method, encoder and switch
     "simclr": "--method simclr --augment crop --same-view-negatives",
-    "satmip": "--method satmip --metadata-encoder text",
+    "satmip": "--method satmip --metadata-encoder text --checkpoint-blocks",
     "satmips": "--method satmips --metadata-encoder text",
     "table": "--method satmips --metadata-encoder table --fields all --decouple-views",
 }
@@ -638,6 +639,29 @@ def test_view_coupling(meets):
     assert worst(before["second"], F.normalize(m.image_mlp(m.image_encoder(x[-1])), dim=1)) < 1e-5
 
 
+@pytest.mark.parametrize("encoder, options", [("table", "checkpoint_blocks"), ("text", "checkpoint_blocks compile")])
+def test_other_costs_same_results(encoder, options, monkeypatch):
+    """Outputs, gradients and names are those of the plain model; checkpointed blocks keep less."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # inductor: minutes
+    plain, kept = small_model(encoder, vocabulary=20, context=6).train(), []
+    views, meta = small_batch(4)
+    meta = meta if encoder == "table" else (torch.arange(24).view(4, 6) % 19, torch.tensor([6, 5, 6, 4]))
+    m, names = copy.deepcopy(plain), list(plain.state_dict())
+    train.set_costs(m, train.Config(**dict.fromkeys(options.split(), True)))
+    for network in (plain, m):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+            embeddings = network(views, meta)
+        kept.append(0)
+        train.compute_losses(embeddings, train.Config())[0].backward()
+    before, after = sum(kept[: kept.index(0)]), sum(kept[kept.index(0) :])
+    assert after < before / 2 or "compile" in options
+    assert list(m.state_dict()) == names
+    for name, p in plain.named_parameters():
+        assert worst(dict(m.named_parameters())[name].grad, p.grad) < 1e-7 + 1e-5 * p.grad.abs().max(), name
+    with torch.no_grad():
+        assert all(worst(a, b) < 1e-5 for a, b in zip(plain.eval()(views, meta), m.eval()(views, meta)))
+
+
 def test_each_method_has_its_own_parts_only():
     """SimCLR has no metadata encoder, SatMIP no SimCLR head, and neither gives what it lacks."""
     x, meta = small_batch(4)
@@ -710,18 +734,18 @@ def test_closed_forms(K):
 # -----------------------------------------------------------------------------------------------------
 # losses and model on several processes
 
-CASES = ({}, {"same_view_negatives": True}, {"detached": True})
+CASES = ({}, {"same_view_negatives": True}, {"checkpoint_blocks": True}, {"detached": True})
 
 
-def global_step(rank: int, world: int, same_view_negatives: bool = False, detached: bool = False) -> dict:
+def global_step(rank: int, world: int, detached: bool = False, **options) -> dict:
     """One SatMIPS step of this process's rows of a batch of 8 -> loss, gradients and statistics of the whole batch."""
-    m = small_model().train()
+    m, config = small_model().train(), train.Config(**options)
+    train.set_costs(m, config)
     network = torch.nn.parallel.DistributedDataParallel(m, broadcast_buffers=False) if dist.is_initialized() else m
     (views, meta), rows = small_batch(8), slice(rank * 8 // world, (rank + 1) * 8 // world)
     gather = losses.gather
     if detached:  # what SLIP does: other processes' rows come without gradient
         losses.gather = lambda x: gather(x.detach())
-    config = train.Config(same_view_negatives=same_view_negatives)
     loss, logged = train.compute_losses(network(views[:, rows], [a[rows] for a in meta]), config)
     losses.gather = gather
     loss.backward()

@@ -37,7 +37,7 @@ import data
 import evaluate
 import losses
 from metadata import DEFAULT_FIELDS, BadInput, TableSchema
-from model import SOURCES, VITS, ModelConfig, SatMIP, WrongWeights, load_encoder, parameter_groups
+from model import SOURCES, VITS, Block, ModelConfig, SatMIP, WrongWeights, load_encoder, parameter_groups
 
 # -----------------------------------------------------------------------------------------------------
 # Options: the defaults are the paper's
@@ -96,6 +96,8 @@ class Config:
     decouple_views: bool = option(False, "a third view for the metadata (Table 6)")
     augment: str = option("strong", "augmentation policy (Table 6)", AUGMENTATIONS)
     amp: str = option("auto", "auto: bf16, fp16 where the GPU lacks it, off on CPU", ("auto", "bf16", "fp16", "off"))
+    checkpoint_blocks: bool = option(False, "keep less for the gradient: a block's inside is computed again")
+    compile: bool = option(False, "torch.compile the encoders: not tried on a GPU yet, no gain on CPU")
     workers: int = option(8, "image-decoding workers a process")
     eval_every: int = option(25, "epochs between kNN scores on the test split; 0: never before the end")
     log_every: int = option(50, "steps between lines")
@@ -260,6 +262,7 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
 
 # Options that a resumed run may change
 FREE = {"data", "output", "workers", "eval_every", "log_every", "save_every", "keep", "max_bad"}
+FREE |= {"checkpoint_blocks", "compile"}
 
 
 def write_whole(path: Path, write, previous: Path | None = None) -> None:
@@ -596,6 +599,21 @@ def report(trained: evaluate.Pretrained, untrained: evaluate.Pretrained, splits,
 
 
 # -----------------------------------------------------------------------------------------------------
+# Cost report
+
+
+def set_costs(model: SatMIP, config: Config) -> None:
+    """--checkpoint-blocks and --compile: the same results under the same names, at another cost."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.checkpointed = config.checkpoint_blocks
+    if config.compile:  # encoders whole: block by block, the variants of one forward would pass dynamo's limit of 8
+        model.image_encoder.compile()
+        if model.config.metadata_encoder != "none":
+            model.metadata_encoder.compile()
+
+
+# -----------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -624,6 +642,10 @@ def train(config: Config, preset: str) -> None:
     # --- processes and precision ---
     world = World.join()
     device, method = world.device, METHODS[config.method]
+    # No TF32, in matrix products and convolutions alike: the backbone runs in half precision, which is faster still,
+    # and what is left to float32 needs all its digits: logits reach 100, and TF32 has three digits
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     if config.batch_size % world.size:
         raise BadInput(f"--batch-size {config.batch_size}: not a multiple of the {world.size} processes")
     if config.batch_size == 1:
@@ -689,6 +711,7 @@ def train(config: Config, preset: str) -> None:
     if world.first(lambda: find_checkpoint(path)):
         saved = restore(path, config, derived, model, optimizer, scaler)
         start = saved["step"]
+    set_costs(model, config)
     log = [entry for entry in read_lines(path.with_name("log.jsonl")) if entry["step"] <= start]
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.14's new name for it is unknown to 2.11
     network = DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
