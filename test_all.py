@@ -2739,6 +2739,36 @@ def write_curves(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_cost_report(dataset, tmp_path, world, capsys):
+    """A table for the machine, for each part of a step, and for each method beside SimCLR; the same as JSON lines."""
+    argv = ["--benchmark", "--benchmark-rounds", "2", *TINY, "--output", str(tmp_path / "cost.jsonl")]
+    if world == 1:
+        train.main(argv)
+        said = capsys.readouterr().out
+    else:
+        argv += ["--decouple-views", "--method", "satmips", "--checkpoint-blocks", "--data", dataset]
+        assert codes(start(tmp_path, argv, world=world)) == [0] * world
+        said = (tmp_path / "said-0").read_text()
+    lines = json_lines(tmp_path / "cost.jsonl")
+    names = ["simclr", "satmip (text)", "satmip (table)", "satmips (text)", "satmips (table)"]
+    assert [line["method"] for line in lines] == names and all(said.count(f"\n| {name} ") == 2 for name in names)
+    assert "Error" not in said and "Warning" not in said, said
+    for line in lines:
+        communication, step = line["ms"].pop("communication"), line["ms"].pop("step")
+        assert (communication != 0) == (world == 2) and min(line["ms"].values()) > 0
+        assert sum(line["ms"].values()) - line["ms"]["wait"] < 1.5 * step, "medians do not add up exactly"
+        assert 0 < line["GiB"] < 8 and line["machine"]["processes"] == world
+    # 5 tokens of width 128 in 4 blocks, the last for one of them; the gradient costs twice, but images have none
+    patches, head = 2 * 4 * 768 * 128, 2 * (128 * 64 + 64 * 64 + 64 * 256)
+    blocks = 3 * 2 * (5 * 12 * 128**2 + 2 * 5 * 5 * 128) + 2 * ((5 * 2 + 10) * 128**2 + 2 * 5 * 128)
+    losses_ = 2 * 2 * 2 * 256 * world  # of 2 local rows against all
+    assert round(lines[0]["GFLOP a sample"] * 1e9) == 2 * (2 * patches + 3 * blocks + 3 * head) + 3 * losses_
+    assert [lines[0][key] for key in ("time", "memory")] == [1, 1]
+    more = (lines[4]["GFLOP a sample"] - lines[2]["GFLOP a sample"]) * 1e9 - 6 * head
+    assert abs(more / (2 * patches + 3 * blocks) - world) < 0.05, "beyond SatMIP's view: one, or two when decoupled"
+
+
 @pytest.mark.parametrize("name", ["simclr", "satmips"])
 def test_torchrun_equals_one_process(run, dataset, tmp_path, name):
     """Two processes with half the batch each: the same losses and, where gradients are not mere noise, weights."""

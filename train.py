@@ -20,23 +20,28 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import evaluate
 import losses
-from metadata import DEFAULT_FIELDS, BadInput, TableSchema
+from metadata import DEFAULT_FIELDS, POSTER, BadInput, Field, TableSchema
 from model import SOURCES, VITS, Block, ModelConfig, SatMIP, WrongWeights, load_encoder, parameter_groups
 
 # -----------------------------------------------------------------------------------------------------
@@ -105,6 +110,8 @@ class Config:
     keep: int = option(0, "newest checkpoints also kept under their step's number")
     max_bad: float = option(0.01, "share of the training images that may be unreadable before the run stops")
     seed: int = option(0, "of weights, data order and augmentation")
+    benchmark: bool = option(False, "in place of training, a cost report; on synthetic images unless given --data")
+    benchmark_rounds: int = option(10, "rounds of that report, each one step of every method")
 
 
 # What suits 2 CPU cores and 64 px images. The table encoder reads the three fields as 10 tokens; the paper's text
@@ -147,8 +154,10 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
             parser.add_argument(flag, type=kind, choices=f.metadata["choices"], default=argparse.SUPPRESS, help=text)
     parser.add_argument("--preset", choices=tuple(PRESETS), default="table2", help="settings of a table of the paper")
     given = vars(parser.parse_args(argv))
-    demo, preset = "data" not in given, given.pop("preset")
-    config = Config(**((DEMO if demo else {}) | PRESETS[preset] | given))
+    benchmark, preset = "benchmark" in given, given.pop("preset")
+    demo = "data" not in given and not benchmark
+    small = {"batch_size": 8} if benchmark and not torch.cuda.is_available() else {}
+    config = Config(**((DEMO if demo else small) | PRESETS[preset] | given))
     method = METHODS[config.method]
     derived = {
         "base_lr": method.base_lr if config.base_lr is None else config.base_lr,
@@ -157,6 +166,8 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
         "data": config.data or str(Path("data") / "demo"),
         "output": config.output or str(Path("runs") / f"{'demo-' if demo else ''}{config.method}"),
     }
+    if benchmark:  # neither synthetic data nor a table on the screen needs a name
+        derived |= {"data": config.data, "output": config.output}
     config = dataclasses.replace(config, **derived)
     for name, value in asdict(config).items():
         if name not in MAY_BE_ZERO and type(value) in (int, float) and not value > 0:
@@ -242,6 +253,12 @@ def mean(values: Tensor) -> Tensor:
     return values
 
 
+def networked(model: SatMIP, world: World):
+    """The model; on several processes, with gradients averaged over them while the backward still runs."""
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.14's new name for it is unknown to 2.11
+    return DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
+
+
 # -----------------------------------------------------------------------------------------------------
 # Learning rate
 
@@ -262,7 +279,7 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
 
 # Options that a resumed run may change
 FREE = {"data", "output", "workers", "eval_every", "log_every", "save_every", "keep", "max_bad"}
-FREE |= {"checkpoint_blocks", "compile"}
+FREE |= {"checkpoint_blocks", "compile", "benchmark", "benchmark_rounds"}
 
 
 def write_whole(path: Path, write, previous: Path | None = None) -> None:
@@ -599,7 +616,9 @@ def report(trained: evaluate.Pretrained, untrained: evaluate.Pretrained, splits,
 
 
 # -----------------------------------------------------------------------------------------------------
-# Cost report
+# Cost report: each part of a step, and each method beside SimCLR as in the paper's Tables 6 and S8 (--benchmark)
+
+COMPARED = [("simclr", "text"), ("satmip", "text"), ("satmip", "table"), ("satmips", "text"), ("satmips", "table")]
 
 
 def set_costs(model: SatMIP, config: Config) -> None:
@@ -613,12 +632,189 @@ def set_costs(model: SatMIP, config: Config) -> None:
             model.metadata_encoder.compile()
 
 
+def write_synthetic(folder: Path, size: int, rows: int) -> None:
+    """A dataset with 64 JPEG files for all its rows; its records are the poster's at other scales, times and places."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        (folder / split).mkdir()
+        for i in range(64):
+            smooth = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize((size, size))
+            pixels = np.asarray(smooth) + rng.normal(0, 8, (size, size, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / split / f"{i}.jpg", quality=90)
+        gsd, places = rng.uniform(0.3, 3, (rows, 2)), rng.uniform((-180, -60), (180, 75), (rows, 2))
+        when = [f"20{10 + i % 8}-{1 + i % 12:02d}-{1 + i % 28:02d}T{i % 24:02d}:30:08Z" for i in range(rows)]
+        own = [{"gsd": gsd[i].tolist(), "location": places[i].tolist(), "timestamp": when[i]} for i in range(rows)]
+        records = [json.dumps(POSTER | own[i] | {"file_name": f"{i % 64}.jpg"}) + "\n" for i in range(rows)]
+        (folder / split / "metadata.jsonl").write_text("".join(records))
+
+
+def now(device: torch.device):
+    """The moment at which the device has done all that it has been given so far; it is not waited for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds(begin, end) -> float:
+    if isinstance(begin, float):
+        return 1e3 * (end - begin)
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+class Costed:
+    """A method ready to train, whose steps are those of training and note when each of their parts begins and ends."""
+
+    def __init__(self, config: Config, world: World):
+        self.world, self.setup, self.moments, self.waits = world, set_up(config, "benchmark", world), [], []
+        self.network, size = self.setup.model, config.image_size
+        counter = FlopCounterMode(display=False)
+        with sdpa_kernel(SDPBackend.MATH):  # not all the others are counted
+            self.step(torch.zeros(2, size, size, 3, dtype=torch.uint8), torch.arange(2), counter)
+        self.flops = counter.get_total_flops() / 2  # of a sample, forward and backward, nothing computed twice
+        self.moments.clear()
+        set_costs(self.setup.model, config)
+        self.network = networked(self.setup.model, world)
+        note = lambda *_: self.moments[-1].append(now(world.device))  # noqa: E731
+        self.network.register_forward_pre_hook(note)
+        self.network.register_forward_hook(note)
+        self.setup.optimizer.register_step_pre_hook(note)
+        self.setup.optimizer.register_step_post_hook(note)
+
+    def step(self, images: Tensor, rows: Tensor, watch=contextlib.nullcontext()) -> None:
+        s, device = self.setup, self.world.device
+        self.moments.append([now(device)])
+        views = make_views(images.to(device, non_blocking=True), rows, 0, s.config, s.statistics)
+        metadata = s.metadata.batch(rows, device)
+        self.moments[-1].append(now(device))
+        with watch:
+            train_step(self.network, s.optimizer, s.scaler, views, metadata, s.config, s.amp)
+        self.moments[-1].append(now(device))
+
+    def milliseconds(self) -> dict[str, np.ndarray]:
+        """Of each step so far and of its parts. The losses belong to the backward; a forward may come in pieces."""
+        spans = []
+        for begin, viewed, *forwards, before, after, end in self.moments:
+            forward = sum(map(milliseconds, forwards[::2], forwards[1::2]))
+            backward = milliseconds(forwards[0], before) - forward
+            optimizer, step = milliseconds(before, after), milliseconds(begin, end)
+            spans.append([milliseconds(begin, viewed), forward, backward, optimizer, step])
+        return dict(zip(("augment", "forward", "backward", "optimizer", "step"), np.array(spans).T))
+
+
+def peak_memory(config: Config) -> int:
+    """The most bytes that a process holds in training; on a CPU, beyond what it held before it had a model."""
+    before, device = resident_memory(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    costed, size = Costed(config, World(0, 1, device)), config.image_size
+    for _ in range(2):
+        costed.step(torch.zeros(config.batch_size, size, size, 3, dtype=torch.uint8), torch.arange(config.batch_size))
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_memory() - before
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of some products of large matrices."""
+    n, moments = 8192 if device.type == "cuda" else 1024, [now(device)]
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    for _ in range(10):
+        a @ a
+        moments.append(now(device))
+    return 2e3 * n**3 / min(map(milliseconds, moments, moments[1:]))
+
+
+def cost_report(config: Config) -> None:
+    """Print what a step of each method costs; with --output, add it to that file as JSON lines.
+
+    The methods take turns on the same images, in another order each round, and are compared round by round, so that
+    whatever else the machine does meets all of them alike. Communication is what a step gains without the all-reduce
+    of its gradients (DistributedDataParallel.no_sync): the part of it that the backward does not hide.
+    """
+    world, n = World.join(), len(COMPARED)
+    with tempfile.TemporaryDirectory() as folder:
+        if not config.data:
+            write_synthetic(Path(folder), config.image_size, max(256, config.batch_size))
+        width = {"text": TEXT_WIDTH, "table": TABLE_WIDTH, config.metadata_encoder: config.metadata_width}
+        configs = [
+            dataclasses.replace(
+                config, data=config.data or folder, method=method, metadata_encoder=encoder,
+                metadata_width=width[encoder], decouple_views=config.decouple_views and method == "satmips",
+            )
+            for method, encoder in COMPARED
+        ]  # fmt: skip
+
+        def memories() -> list[int]:
+            """What a process has held never falls, so each method has a process of its own, with one's share."""
+            shares = [dataclasses.replace(c, batch_size=c.batch_size // world.size, workers=0) for c in configs]
+            multiprocessing.set_forkserver_preload(["train"])  # imports once, not once a process
+            with multiprocessing.get_context("forkserver").Pool(1, maxtasksperchild=1) as pool:
+                return pool.map(peak_memory, shares, chunksize=1)
+
+        memory = world.first(memories)
+        costed = [Costed(c, world) for c in configs]
+        split, amp = costed[0].setup.splits[0], costed[0].setup.amp
+        began = time.perf_counter()
+        data.Images(split, config.image_size, True)[torch.arange(64) % len(split)]
+        decode = (time.perf_counter() - began) / 64
+        turns = n * (1 + config.benchmark_rounds)  # the first round warms up
+        order = data.Order(len(split), config.batch_size, 0, turns, config.seed, world.rank, world.size)
+        batches = data.load(split, config.image_size, order, config.workers, {})
+        dtype, peak = amp or torch.float32, 0.0
+        for turn in range(turns):
+            if turn % n == 0:
+                peak = max(peak, matrix_peak(world.device, dtype))
+            method, asked = costed[(turn + turn // n) % n], time.perf_counter()
+            batch = next(batches)
+            method.waits.append(1e3 * (time.perf_counter() - asked))
+            method.step(*batch)
+            if world.size > 1:
+                with method.network.no_sync():
+                    method.step(*batch)
+
+    cuda, local, every = world.device.type == "cuda", config.batch_size // world.size, 2 if world.size > 1 else 1
+    machine = {
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(), "torch": str(torch.__version__),
+        "processes": world.size, "threads": torch.get_num_threads(), "precision": str(dtype),
+        "peak GFLOP/s": peak / 1e9, "decoded images/s a worker": 1 / decode,
+    }  # fmt: skip
+    entries = []
+    for c, method, held in zip(configs, costed, memory):
+        spans = method.milliseconds()
+        synced, alone = ({k: v[i::every][1:] for k, v in spans.items()} for i in (0, every - 1))
+        times = {name: float(np.median(values)) for name, values in synced.items()}
+        times["communication"] = float(np.median(synced["step"] - alone["step"]))
+        times["wait"] = float(np.mean(method.waits[1:]))  # it comes in bursts
+        base = costed[0].milliseconds()["step"][::every][1:]
+        speed = method.flops * local / times["step"] * 1e3
+        entries.append({
+            "method": c.method if c.method == "simclr" else f"{c.method} ({c.metadata_encoder})", "ms": times,
+            "samples/s": config.batch_size / (times["step"] + times["wait"]) * 1e3,
+            "GFLOP a sample": method.flops / 1e9, "GFLOP/s a process": speed / 1e9, "of peak": speed / peak,
+            "GiB": held / 2**30, "time": float(np.median(synced["step"] / base)), "memory": held / memory[0],
+            "machine": machine, "config": asdict(c),
+        })  # fmt: skip
+
+    def table(title: str, rows: list[dict]) -> str:
+        shown = lambda value: value if isinstance(value, str) else f"{value:.4g}"  # noqa: E731
+        return f"\n{title}\n\n" + evaluate.markdown([list(rows[0]), *(list(map(shown, row.values())) for row in rows)])
+
+    world.print(table(f"Batch {config.batch_size}, {config.image_size} px, {config.vit}", [machine]))
+    world.print(table("Milliseconds a step", [{"method": e["method"]} | e["ms"] for e in entries]))
+    plain = [{k: v for k, v in e.items() if k not in ("ms", "machine", "config")} for e in entries]
+    world.print(table("Speed and memory of a process; time and memory relative to SimCLR", plain))
+    if config.output and world.rank == 0:
+        with open(config.output, "a") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+    world.part()
+
+
 # -----------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        train(*parse_config(argv))
+        config, preset = parse_config(argv)
+        cost_report(config) if config.benchmark else train(config, preset)
     except (BadInput, WrongWeights, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -637,10 +833,27 @@ def main(argv: list[str] | None = None) -> None:
             dist.destroy_process_group()
 
 
-def train(config: Config, preset: str) -> None:
-    """The whole run, in the order of its banners."""
-    # --- processes and precision ---
-    world = World.join()
+class Setup(NamedTuple):
+    """What a run is made of."""
+
+    config: Config  # its fields named one by one
+    amp: torch.dtype | None
+    fields: tuple[Field, ...]
+    splits: tuple[data.Split, data.Split]
+    encoder: str
+    schema: list[int] | TableSchema | None
+    metadata: data.Metadata
+    statistics: tuple[list[float], list[float]]
+    model_config: ModelConfig
+    model: SatMIP
+    untrained: SatMIP
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+def set_up(config: Config, preset: str, world: World) -> Setup:
+    """Data, model and optimizer as a run has them before its first step, or before it resumes."""
+    # --- precision ---
     device, method = world.device, METHODS[config.method]
     # No TF32, in matrix products and convolutions alike: the backbone runs in half precision, which is faster still,
     # and what is left to float32 needs all its digits: logits reach 100, and TF32 has three digits
@@ -700,6 +913,18 @@ def train(config: Config, preset: str) -> None:
     groups = parameter_groups(model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    return Setup(
+        config, amp, fields, splits, encoder, schema, metadata, statistics, model_config, model, untrained, optimizer,
+        scaler,
+    )  # fmt: skip
+
+
+def train(config: Config, preset: str) -> None:
+    """The whole run, in the order of its banners."""
+    world = World.join()
+    device, parts = world.device, set_up(config, preset, world)
+    config, amp, fields, splits, encoder, schema, metadata, statistics = parts[:8]
+    model_config, model, untrained, optimizer, scaler = parts[8:]
 
     # --- resume ---
     derived = {
@@ -713,8 +938,7 @@ def train(config: Config, preset: str) -> None:
         start = saved["step"]
     set_costs(model, config)
     log = [entry for entry in read_lines(path.with_name("log.jsonl")) if entry["step"] <= start]
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.14's new name for it is unknown to 2.11
-    network = DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
+    network = networked(model, world)
 
     # --- say what is about to happen ---
     per_epoch = len(splits[0]) // config.batch_size
