@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet50
+from torch.utils.checkpoint import checkpoint
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -73,6 +74,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). LayerNorm epsilon as in the source of each encoder."""
 
+    checkpointed = False  # whether to forget what lies within and compute it again for the gradient (train.py sets it)
+
     def __init__(
         self, width: int, heads: int, hidden: int, epsilon: float, reglu: bool = False, first_norm: bool = True
     ):
@@ -91,9 +94,13 @@ class Block(nn.Module):
 
 def run_blocks(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """x [B, L, D] -> CLS row [B, D]. The last block computes that row only: nothing else of it is ever read."""
-    for block in blocks[:-1]:
-        x = block(x, mask)
-    return norm(blocks[-1](x, mask, rows=1))[:, 0]
+    for block in blocks:
+        rows = 1 if block is blocks[-1] else None
+        if block.checkpointed and block.training:
+            x = checkpoint(block, x, mask, rows, use_reentrant=False, preserve_rng_state=False)  # no dropout: no chance
+        else:
+            x = block(x, mask, rows)
+    return norm(x)[:, 0]
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import gzip
 import html
 import io
@@ -187,7 +188,7 @@ TINY = (
 ).split()
 RUNS = {  # together they use every method, encoder and switch
     "simclr": "--method simclr --augment crop --same-view-negatives",
-    "satmip": "--method satmip --metadata-encoder text",
+    "satmip": "--method satmip --metadata-encoder text --checkpoint-blocks",
     "satmips": "--method satmips --metadata-encoder text",
     "table": "--method satmips --metadata-encoder table --fields all --decouple-views",
     "geo": "--method satmips-geo-tp --metadata-encoder table --fields all --consistent-metadata --field-dropout 0.2 "
@@ -676,6 +677,30 @@ def test_view_coupling(meets):
     assert worst(before["second"], F.normalize(m.image_mlp(m.image_encoder(x[-1])), dim=1)) < 1e-5
 
 
+@pytest.mark.parametrize("encoder, options", [("table", "checkpoint_blocks"), ("text", "checkpoint_blocks compile")])
+def test_other_costs_same_results(encoder, options, monkeypatch):
+    """Outputs, gradients and names are those of the plain model; checkpointed blocks keep less."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # inductor: minutes
+    plain, kept = small_model(encoder, vocabulary=20, context=6).train(), []
+    views, meta = small_batch(4)
+    meta = meta if encoder == "table" else (torch.arange(24).view(4, 6) % 19, torch.tensor([6, 5, 6, 4]))
+    m, names = copy.deepcopy(plain), list(plain.state_dict())
+    train.set_costs(m, train.configure(dict.fromkeys(options.split(), True)))
+    for network in (plain, m):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+            embeddings = network(views, meta)
+        kept.append(0)
+        train.compute_losses(embeddings, batch_of(views, meta), train.configure({}))[0].backward()
+    before, after = sum(kept[: kept.index(0)]), sum(kept[kept.index(0) :])
+    assert after < before / 2 or "compile" in options
+    assert list(m.state_dict()) == names
+    for name, p in plain.named_parameters():
+        assert worst(dict(m.named_parameters())[name].grad, p.grad) < 1e-7 + 1e-5 * p.grad.abs().max(), name
+    with torch.no_grad():
+        pairs = zip(plain.eval()(views, meta), m.eval()(views, meta))
+        assert all(worst(a, b) < 1e-5 for a, b in pairs if a is not None)
+
+
 def test_each_method_has_its_own_parts_only():
     """SimCLR has no metadata encoder, SatMIP no SimCLR head, and neither gives what it lacks."""
     x, meta = small_batch(4)
@@ -777,7 +802,7 @@ def test_closed_forms(K):
 CASES = [
     {}, {"same_view_negatives": True}, {"mask_same_area": True}, {"micro_batch": 1}, {"micro_batch": 3},
     {"method": "satmips-geo-tp", "micro_batch": 2}, {"method": "simclr-geo"}, {"method": "moco-geo"},
-    {"method": "moco-geo", "micro_batch": 3}, {"decouple_views": True, "micro_batch": 2},
+    {"method": "moco-geo", "micro_batch": 3}, {"decouple_views": True, "micro_batch": 2}, {"checkpoint_blocks": True},
 ]  # fmt: skip
 
 
@@ -786,6 +811,7 @@ def global_step(rank: int, world: int, options: dict, detached: bool = False) ->
     config = train.configure(options | {"vit": "vit_micro"})
     encoder = "table" if config.metadata_image else "none"
     m = small_model(encoder, config.image_image, places=3 * config.geo, queue=20).train()
+    train.set_costs(m, config)
     wrapped = dist.is_initialized() and not config.micro_batch
     network = torch.nn.parallel.DistributedDataParallel(m, broadcast_buffers=False) if wrapped else m
     (views, meta), rows = (
@@ -3061,6 +3087,36 @@ def write_curves(rank: int, world: int, folder: str) -> None:
         Path(folder, "curves").write_text(json.dumps(curves))
     dist.barrier()
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_cost_report(dataset, tmp_path, world, capsys):
+    """A table for the machine, for each part of a step, and for each method beside SimCLR; the same as JSON lines."""
+    argv = ["--benchmark", "--benchmark-rounds", "2", *TINY, "--output", str(tmp_path / "cost.jsonl")]
+    if world == 1:
+        train.main(argv)
+        said = capsys.readouterr().out
+    else:
+        argv += ["--decouple-views", "--method", "satmips", "--checkpoint-blocks", "--data", dataset]
+        assert codes(start(tmp_path, argv, world=world)) == [0] * world
+        said = (tmp_path / "said-0").read_text()
+    lines = json_lines(tmp_path / "cost.jsonl")
+    names = ["simclr", "satmip (text)", "satmip (table)", "satmips (text)", "satmips (table)"]
+    assert [line["method"] for line in lines] == names and all(said.count(f"\n| {name} ") == 2 for name in names)
+    assert "Error" not in said and "Warning" not in said, said
+    for line in lines:
+        communication, step = line["ms"].pop("communication"), line["ms"].pop("step")
+        assert (communication != 0) == (world == 2) and min(line["ms"].values()) > 0
+        assert sum(line["ms"].values()) - line["ms"]["wait"] < 1.5 * step, "medians do not add up exactly"
+        assert 0 < line["GiB"] < 8 and line["machine"]["processes"] == world
+    # 5 tokens of width 128 in 4 blocks, the last for one of them; the gradient costs twice, but images have none
+    patches, head = 2 * 4 * 768 * 128, 2 * (128 * 64 + 64 * 64 + 64 * 256)
+    blocks = 3 * 2 * (5 * 12 * 128**2 + 2 * 5 * 5 * 128) + 2 * ((5 * 2 + 10) * 128**2 + 2 * 5 * 128)
+    losses_ = 2 * 2 * 2 * 256 * world  # of 2 local rows against all
+    assert round(lines[0]["GFLOP a sample"] * 1e9) == 2 * (2 * patches + 3 * blocks + 3 * head) + 3 * losses_
+    assert [lines[0][key] for key in ("time", "memory")] == [1, 1]
+    more = (lines[4]["GFLOP a sample"] - lines[2]["GFLOP a sample"]) * 1e9 - 6 * head
+    assert abs(more / (2 * patches + 3 * blocks) - world) < 0.05, "beyond SatMIP's view: one, or two when decoupled"
 
 
 @pytest.mark.parametrize("name", ["simclr", "satmips", "geo", "moco"])

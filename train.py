@@ -21,25 +21,29 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import evaluate
 import losses
-from metadata import DEFAULT_FIELDS, BadInput, TableSchema, rounded
-from model import SOURCES, VITS, ModelConfig, SatMIP, WrongWeights, load_encoder, parameter_groups
+from metadata import DEFAULT_FIELDS, POSTER, BadInput, TableSchema, rounded
+from model import SOURCES, VITS, Block, ModelConfig, SatMIP, WrongWeights, load_encoder, parameter_groups
 
 # -----------------------------------------------------------------------------------------------------
 # Options: the defaults are the paper's
@@ -116,6 +120,8 @@ class Config:
     decouple_views: bool = option(False, "a third view for the metadata (Table 6)")
     augment: str = option("strong", "augmentation policy (Table 6)", AUGMENTATIONS)
     amp: str = option("auto", "auto: bf16, fp16 where the GPU lacks it, off on CPU", ("auto", "bf16", "fp16", "off"))
+    checkpoint_blocks: bool = option(False, "keep less for the gradient: a block's inside is computed again")
+    compile: bool = option(False, "torch.compile the encoders: not tried on a GPU yet, no gain on CPU")
     workers: int = option(8, "image-decoding workers a process")
     eval_every: int = option(25, "epochs between kNN scores on the test split; 0: never before the end")
     log_every: int = option(50, "steps between lines")
@@ -123,6 +129,8 @@ class Config:
     keep: int = option(0, "newest checkpoints also kept under their step's number")
     max_bad: float = option(0.01, "share of the training images that may be unreadable before the run stops")
     seed: int = option(0, "of weights, data order and augmentation")
+    benchmark: bool = option(False, "in place of training, a cost report; on synthetic images unless given --data")
+    benchmark_rounds: int = option(10, "rounds of that report, each one step of every method")
 
 
 # What suits 2 CPU cores and 64 px images. The table encoder reads the three fields as 10 tokens; the paper's text
@@ -200,8 +208,12 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
             parser.add_argument(flag, type=kind, choices=f.metadata["choices"], default=argparse.SUPPRESS, help=text)
     parser.add_argument("--preset", choices=tuple(PRESETS), default="table2", help="settings of a table of the paper")
     given = vars(parser.parse_args(argv))
-    demo, preset = "data" not in given, given.pop("preset")
-    config = configure((DEMO if demo else {}) | PRESETS[preset] | given)
+    benchmark, preset = "benchmark" in given, given.pop("preset")
+    demo = "data" not in given and not benchmark
+    small = {"batch_size": 8} if benchmark and not torch.cuda.is_available() else {}
+    config = configure((DEMO if demo else small) | PRESETS[preset] | given)
+    if benchmark:  # neither synthetic data nor a table on the screen needs a name
+        config = dataclasses.replace(config, data=given.get("data", ""), output=given.get("output", ""))
     return config, " ".join(["demo" if demo else "paper", preset])
 
 
@@ -279,17 +291,16 @@ def mean(values: Tensor) -> Tensor:
     return values
 
 
+def networked(model: SatMIP, world: World, config: Config):
+    """The model; on several processes, with gradients averaged over them while the backward still runs. With
+    --micro-batch, whose backward comes in pieces, they are averaged after the last."""
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.14's new name for it is unknown to 2.11
+    alone = world.size == 1 or config.micro_batch
+    return model if alone else DistributedDataParallel(model, broadcast_buffers=False)
+
+
 # -----------------------------------------------------------------------------------------------------
-# Optimizer and learning rate
-
-
-def make_optimizer(model: SatMIP, config: Config) -> torch.optim.Optimizer:
-    """AdamW as SLIP's, or SGD as MoCo's, which decays every parameter; fused, so that the device may skip a step."""
-    if config.optimizer == "sgd":
-        trained = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.SGD(trained, 0.0, momentum=0.9, weight_decay=config.weight_decay, fused=True)
-    groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-8, fused=True)
+# Learning rate
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
@@ -308,6 +319,7 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
 
 # Options that a resumed run may change
 FREE = {"data", "output", "workers", "eval_every", "log_every", "save_every", "keep", "max_bad"}
+FREE |= {"checkpoint_blocks", "compile", "benchmark", "benchmark_rounds"}
 
 
 def write_whole(path: Path, write, previous: Path | None = None) -> None:
@@ -398,7 +410,7 @@ def restore(path: Path, config: Config, derived: dict, model: SatMIP, optimizer,
 
 
 # -----------------------------------------------------------------------------------------------------
-# One step
+# What a run learns from, and what it trains
 
 
 class Batch(NamedTuple):
@@ -411,6 +423,119 @@ class Batch(NamedTuple):
     places: Tensor | None = None  # [B] clusters of places, -1 where unknown
 
 
+class TrainingData:
+    """The dataset as this configuration reads it. BadInput when it lacks what the configuration asks for."""
+
+    def __init__(self, config: Config, world: World):
+        encoder = config.metadata_encoder if config.metadata_image else "none"
+        fields = world.first(lambda: data.choose_fields(Path(config.data), config.fields))
+        fields = fields if config.digits is None else rounded(fields, config.digits)
+        world.first(lambda: bool(data.read_dataset(config.data, fields, captions=encoder == "text")))  # caches it
+        self.splits = splits = data.read_dataset(config.data, fields, captions=encoder == "text")
+        table, n = splits[0].table, len(splits[0])
+        if config.batch_size > n:
+            raise BadInput(f"--batch-size {config.batch_size}: {config.data} has only {n} training images")
+        rates = data.missing_rates(table, fields) if encoder != "none" else {}
+        if rates and min(rates.values()) == 1:
+            columns = ", ".join(splits[0].record(0))
+            raise BadInput(f"--fields: {', '.join(rates)} missing in every row of {splits[0].source}; it has {columns}")
+        for name in (name for name, rate in rates.items() if rate == 1):
+            world.print(f"field {name} is missing in every training row: nothing is learned from it")
+        self.config = dataclasses.replace(config, fields=",".join(field.name for field in fields))
+        self.encoder, self.fields, self.per_epoch = encoder, fields, n // config.batch_size
+        self.schema = {
+            "none": lambda: None, "text": lambda: np.unique(table.tokens.values).tolist(),
+            "table": lambda: TableSchema.fit(fields, table.numbers, table.categories, config.cyclic_features),
+        }[encoder]()  # fmt: skip
+        self.metadata, test = (data.Metadata(split.table, encoder, self.schema) for split in splits)
+        self.context = -(-max(self.metadata.longest, test.longest) // 8) * 8  # in tokens, from the data
+        if encoder != "none" and (config.consistent_metadata or config.field_dropout or config.shuffle_fields):
+            policy = data.POLICIES[config.augment] if config.consistent_metadata else None
+            vary = data.Variation(policy, config.field_dropout, config.shuffle_fields)
+            options = (vary, config.seed, config.image_size, self.per_epoch)
+            self.metadata = data.VariedMetadata(splits[0], fields, encoder, self.schema, *options)
+        self.areas = self.places = self.centres = self.partners = None
+        if config.geo or config.temporal or config.mask_same_area:
+            self.read_areas(world)
+        self.statistics = world.first(lambda: data.channel_statistics(splits[0], config.image_size, config.workers))
+
+    def read_areas(self, world: World) -> None:
+        """What Geo, temporal positives and masked negatives need of the training rows."""
+        config, source = self.config, self.splits[0].source
+        world.first(lambda: bool(data.areas_and_dates(Path(config.data))))
+        known = data.areas_and_dates(Path(config.data))
+        area, date = (column.codes for column in known.categories)
+        if (config.temporal or config.mask_same_area) and (area < 0).all():
+            raise BadInput(f"{source}: no row has an area, which --temporal and --mask-same-area need")
+        if config.mask_same_area:
+            self.areas = torch.from_numpy(area).long()
+        if config.temporal:
+            self.partners = data.Partners(area, date, config.seed, self.per_epoch)
+        if config.geo:
+            found = world.first(lambda: data.cluster_places(data.area_places(known), config.geo_clusters, config.seed))
+            if not len(found):
+                raise BadInput(f"{source}: no row has a location, which --geo needs")
+            self.centres, self.places = found.tolist(), torch.from_numpy(data.nearest_centre(known.numbers, found))
+
+    def batches(self, world: World, steps: range, faults: dict[str, str]) -> Iterator[data.Loaded]:
+        """This process's share of each step, read ahead by workers."""
+        config, split = self.config, self.splits[0]
+        order = data.Order(len(split), config.batch_size, config.seed, world.rank, world.size)
+        options = (config.workers, faults, steps, self.metadata, self.partners)
+        return data.load(split, config.image_size, order, *options)
+
+    def to_device(self, loaded: data.Loaded, step: int, device: torch.device) -> Batch:
+        """A batch of the workers, on its way to the device, which is not waited for."""
+        there = lambda x: x.to(device, non_blocking=True)  # noqa: E731
+        rows, images = loaded.rows, there(loaded.images).unflatten(0, (-1, len(loaded.rows)))
+        epoch, config = step // self.per_epoch, self.config
+        views = lambda piece: make_views(images[:, piece], rows[piece], epoch, config, self.statistics)  # noqa: E731
+        codes = (None if of is None else there(of[rows]) for of in (self.areas, self.places))
+        return Batch(views, tuple(map(there, loaded.metadata)), len(rows), *codes)
+
+
+def build_model(material: TrainingData) -> SatMIP:
+    """The network of this configuration for these data, as its training starts. BadInput when sizes do not fit."""
+    config, encoder, schema, table = material.config, material.encoder, material.schema, material.encoder == "table"
+    model_config = ModelConfig(
+        config.image_size, config.patch_size, config.vit, encoder, config.metadata_width, config.metadata_layers,
+        vocabulary=len(schema) + 1 if encoder == "text" else 0, context=material.context,
+        numbers=len(schema.mean) if table else 0,
+        categories=tuple(len(values) + 2 for values in schema.categories.values()) if table else (),
+        image_image=config.image_image, mlp_hidden=config.mlp_hidden, mlp_out=config.mlp_out,
+        queue=config.queue if config.image_image == "moco" else 0, places=len(material.centres or ()),
+    )  # fmt: skip
+    torch.manual_seed(config.seed)
+    try:
+        return SatMIP(model_config)
+    except ValueError as error:
+        raise BadInput(f"--vit, --image-size, --patch-size or --metadata-width: {error}") from None
+
+
+def make_optimizer(model: SatMIP, config: Config) -> torch.optim.Optimizer:
+    """AdamW as SLIP's, or SGD as MoCo's, which decays every parameter; fused, so that the device may skip a step."""
+    if config.optimizer == "sgd":
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.SGD(trained, 0.0, momentum=0.9, weight_decay=config.weight_decay, fused=True)
+    groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-8, fused=True)
+
+
+def precision(config: Config, device: torch.device) -> torch.dtype | None:
+    """Of the encoders and heads under autocast; None for float32."""
+    # No TF32, in matrix products and convolutions alike: the backbone runs in half precision, which is faster still,
+    # and what is left to float32 needs all its digits: logits reach 100, and TF32 has three digits
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    if config.amp == "auto" and device.type == "cuda":
+        return evaluate.half_precision()
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None, "auto": None}[config.amp]
+
+
+# -----------------------------------------------------------------------------------------------------
+# One step
+
+
 def make_views(images: Tensor, rows: Tensor, epoch: int, config: Config, statistics: tuple[list, list]) -> Tensor:
     """uint8 images [1, B, h, w, 3] on the device -> standardised views [V, B, 3, size, size]. Of [2, B, ...] the second
     are each image's temporal partner, which the last view shows."""
@@ -421,18 +546,6 @@ def make_views(images: Tensor, rows: Tensor, epoch: int, config: Config, statist
         shown = images[-1 if view == count - 1 else 0]
         views.append(data.standardise(data.augment(shown, draws, config.image_size), *statistics))
     return torch.stack(views)
-
-
-def to_device(
-    loaded: data.Loaded, epoch: int, areas: Tensor | None, places: Tensor | None, config: Config,
-    statistics: tuple[list, list], device: torch.device,
-) -> Batch:  # fmt: skip
-    """A batch of the workers -> the device, without waiting for it. areas, places: of all rows [n]."""
-    there = lambda x: x.to(device, non_blocking=True)  # noqa: E731
-    rows, images = loaded.rows, there(loaded.images).unflatten(0, (-1, len(loaded.rows)))
-    views = lambda piece: make_views(images[:, piece], rows[piece], epoch, config, statistics)  # noqa: E731
-    codes = (None if of is None else there(of[rows]) for of in (areas, places))
-    return Batch(views, tuple(map(there, loaded.metadata)), len(rows), *codes)
 
 
 def compute_losses(embeddings, batch: Batch, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
@@ -713,11 +826,209 @@ def report(trained: evaluate.Pretrained, untrained: evaluate.Pretrained, splits,
 
 
 # -----------------------------------------------------------------------------------------------------
+# Cost report: each part of a step, and each method beside SimCLR as in the paper's Tables 6 and S8 (--benchmark)
+
+COMPARED = [("simclr", "text"), ("satmip", "text"), ("satmip", "table"), ("satmips", "text"), ("satmips", "table")]
+
+
+def set_costs(model: SatMIP, config: Config) -> None:
+    """--checkpoint-blocks and --compile: the same results under the same names, at another cost."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.checkpointed = config.checkpoint_blocks
+    if config.compile:  # encoders whole: block by block, the variants of one forward would pass dynamo's limit of 8
+        model.image_encoder.compile()
+        if model.config.metadata_encoder != "none":
+            model.metadata_encoder.compile()
+
+
+def write_synthetic(folder: Path, size: int, rows: int) -> None:
+    """A dataset with 64 JPEG files for all its rows; its records are the poster's at other scales, times and places."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        (folder / split).mkdir()
+        for i in range(64):
+            smooth = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize((size, size))
+            pixels = np.asarray(smooth) + rng.normal(0, 8, (size, size, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / split / f"{i}.jpg", quality=90)
+        gsd, places = rng.uniform(0.3, 3, (rows, 2)), rng.uniform((-180, -60), (180, 75), (rows, 2))
+        when = [f"20{10 + i % 8}-{1 + i % 12:02d}-{1 + i % 28:02d}T{i % 24:02d}:30:08Z" for i in range(rows)]
+        own = [{"gsd": gsd[i].tolist(), "location": places[i].tolist(), "timestamp": when[i]} for i in range(rows)]
+        records = [json.dumps(POSTER | own[i] | {"file_name": f"{i % 64}.jpg"}) + "\n" for i in range(rows)]
+        (folder / split / "metadata.jsonl").write_text("".join(records))
+
+
+def now(device: torch.device):
+    """The moment at which the device has done all that it has been given so far; it is not waited for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds(begin, end) -> float:
+    if isinstance(begin, float):
+        return 1e3 * (end - begin)
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+class Costed:
+    """A method ready to train, whose steps are those of training and note when each of their parts begins and ends."""
+
+    def __init__(self, config: Config, world: World):
+        self.world, self.material, self.amp = world, TrainingData(config, world), precision(config, world.device)
+        self.network, self.moments, self.waits = build_model(self.material).to(world.device).train(), [], []
+        self.optimizer = make_optimizer(self.network, config)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp == torch.float16)
+        counter, empty = FlopCounterMode(display=False), torch.zeros(2, *[config.image_size] * 2, 3, dtype=torch.uint8)
+        with sdpa_kernel(SDPBackend.MATH):  # not all the others are counted
+            self.step(data.Loaded(empty, torch.arange(2), ()), counter)
+        self.flops = counter.get_total_flops() / 2  # of a sample, forward and backward, nothing computed twice
+        self.moments.clear()
+        set_costs(self.network, config)
+        self.network = networked(self.network, world, config)
+        note = lambda *_: self.moments[-1].append(now(world.device))  # noqa: E731
+        self.network.register_forward_pre_hook(note)
+        self.network.register_forward_hook(note)
+        self.optimizer.register_step_pre_hook(note)
+        self.optimizer.register_step_post_hook(note)
+
+    def step(self, loaded: data.Loaded, watch=contextlib.nullcontext()) -> None:
+        m, device = self.material, self.world.device
+        self.moments.append([now(device)])
+        batch = m.to_device(loaded._replace(metadata=m.metadata.batch(loaded.rows)), 0, device)
+        views = batch.views(slice(None))
+        self.moments[-1].append(now(device))
+        with watch:
+            batch = batch._replace(views=lambda piece: views[:, piece])
+            train_step(self.network, self.optimizer, self.scaler, batch, m.config, self.amp, {})
+        self.moments[-1].append(now(device))
+
+    def milliseconds(self) -> dict[str, np.ndarray]:
+        """Of each step so far and of its parts. The losses belong to the backward; a forward may come in pieces."""
+        spans = []
+        for begin, viewed, *forwards, before, after, end in self.moments:
+            forward = sum(map(milliseconds, forwards[::2], forwards[1::2]))  # with --micro-batch within the backward
+            backward = milliseconds(viewed, before) - forward
+            optimizer, step = milliseconds(before, after), milliseconds(begin, end)
+            spans.append([milliseconds(begin, viewed), forward, backward, optimizer, step])
+        return dict(zip(("augment", "forward", "backward", "optimizer", "step"), np.array(spans).T))
+
+
+def peak_memory(config: Config) -> int:
+    """The most bytes that a process holds in training; on a CPU, beyond what it held before it had a model."""
+    before, device = resident_memory(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    costed, size = Costed(config, World(0, 1, device)), config.image_size
+    for _ in range(2):
+        images = torch.zeros(config.batch_size, size, size, 3, dtype=torch.uint8)
+        costed.step(data.Loaded(images, torch.arange(config.batch_size), ()))
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_memory() - before
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of some products of large matrices."""
+    n, moments = 8192 if device.type == "cuda" else 1024, [now(device)]
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    for _ in range(10):
+        a @ a
+        moments.append(now(device))
+    return 2e3 * n**3 / min(map(milliseconds, moments, moments[1:]))
+
+
+def cost_report(config: Config) -> None:
+    """Print what a step of each method costs; with --output, add it to that file as JSON lines.
+
+    The methods take turns on the same images, in another order each round, and are compared round by round, so that
+    whatever else the machine does meets all of them alike. Communication is what a step gains without the all-reduce
+    of its gradients (DistributedDataParallel.no_sync): the part of it that the backward does not hide.
+    """
+    world, n = World.join(), len(COMPARED)
+    with tempfile.TemporaryDirectory() as folder:
+        if not config.data:
+            write_synthetic(Path(folder), config.image_size, max(256, config.batch_size))
+        width = {"text": TEXT_WIDTH, "table": TABLE_WIDTH, config.metadata_encoder: config.metadata_width}
+        parts = {"metadata_image": False, "image_image": "none", "geo": False, "temporal": False}
+        configs = []
+        for method, encoder in COMPARED:
+            changed = {name: value for name, value in METHODS[method].items() if name in parts}
+            changed |= {"method": method, "metadata_encoder": encoder, "metadata_width": width[encoder]}
+            changed |= {"decouple_views": config.decouple_views and method == "satmips", "data": config.data or folder}
+            configs.append(dataclasses.replace(config, **(parts | changed)))
+
+        def memories() -> list[int]:
+            """What a process has held never falls, so each method has a process of its own, with one's share."""
+            shares = [dataclasses.replace(c, batch_size=c.batch_size // world.size, workers=0) for c in configs]
+            multiprocessing.set_forkserver_preload(["train"])  # imports once, not once a process
+            with multiprocessing.get_context("forkserver").Pool(1, maxtasksperchild=1) as pool:
+                return pool.map(peak_memory, shares, chunksize=1)
+
+        memory = world.first(memories)
+        costed = [Costed(c, world) for c in configs]
+        split, amp = costed[0].material.splits[0], costed[0].amp
+        began = time.perf_counter()
+        data.Images(split, config.image_size, [torch.arange(64) % len(split)], None, None, True)[0]
+        decode = (time.perf_counter() - began) / 64
+        turns = n * (1 + config.benchmark_rounds)  # the first round warms up
+        order = data.Order(len(split), config.batch_size, config.seed, world.rank, world.size)
+        batches = data.load(split, config.image_size, order, config.workers, {}, range(turns))
+        dtype, peak = amp or torch.float32, 0.0
+        for turn in range(turns):
+            if turn % n == 0:
+                peak = max(peak, matrix_peak(world.device, dtype))
+            method, asked = costed[(turn + turn // n) % n], time.perf_counter()
+            batch = next(batches)
+            method.waits.append(1e3 * (time.perf_counter() - asked))
+            method.step(batch)
+            if world.size > 1:
+                with method.network.no_sync():
+                    method.step(batch)
+
+    cuda, local, every = world.device.type == "cuda", config.batch_size // world.size, 2 if world.size > 1 else 1
+    machine = {
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(), "torch": str(torch.__version__),
+        "processes": world.size, "threads": torch.get_num_threads(), "precision": str(dtype),
+        "peak GFLOP/s": peak / 1e9, "decoded images/s a worker": 1 / decode,
+    }  # fmt: skip
+    entries = []
+    for c, method, held in zip(configs, costed, memory):
+        spans = method.milliseconds()
+        synced, alone = ({k: v[i::every][1:] for k, v in spans.items()} for i in (0, every - 1))
+        times = {name: float(np.median(values)) for name, values in synced.items()}
+        times["communication"] = float(np.median(synced["step"] - alone["step"]))
+        times["wait"] = float(np.mean(method.waits[1:]))  # it comes in bursts
+        base = costed[0].milliseconds()["step"][::every][1:]
+        speed = method.flops * local / times["step"] * 1e3
+        entries.append({
+            "method": c.method if c.method == "simclr" else f"{c.method} ({c.metadata_encoder})", "ms": times,
+            "samples/s": config.batch_size / (times["step"] + times["wait"]) * 1e3,
+            "GFLOP a sample": method.flops / 1e9, "GFLOP/s a process": speed / 1e9, "of peak": speed / peak,
+            "GiB": held / 2**30, "time": float(np.median(synced["step"] / base)), "memory": held / memory[0],
+            "machine": machine, "config": asdict(c),
+        })  # fmt: skip
+
+    def table(title: str, rows: list[dict]) -> str:
+        shown = lambda value: value if isinstance(value, str) else f"{value:.4g}"  # noqa: E731
+        return f"\n{title}\n\n" + evaluate.markdown([list(rows[0]), *(list(map(shown, row.values())) for row in rows)])
+
+    world.print(table(f"Batch {config.batch_size}, {config.image_size} px, {config.vit}", [machine]))
+    world.print(table("Milliseconds a step", [{"method": e["method"]} | e["ms"] for e in entries]))
+    plain = [{k: v for k, v in e.items() if k not in ("ms", "machine", "config")} for e in entries]
+    world.print(table("Speed and memory of a process; time and memory relative to SimCLR", plain))
+    if config.output and world.rank == 0:
+        with open(config.output, "a") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+    world.part()
+
+
+# -----------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        train(*parse_config(argv))
+        config, preset = parse_config(argv)
+        cost_report(config) if config.benchmark else train(config, preset)
     except (BadInput, WrongWeights, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -738,79 +1049,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(config: Config, preset: str) -> None:
     """The whole run, in the order of its banners."""
-    # --- processes and precision ---
+    # --- processes, data, model ---
     world = World.join()
-    device = world.device
+    device, amp = world.device, precision(config, world.device)
     if config.batch_size % world.size:
         raise BadInput(f"--batch-size {config.batch_size}: not a multiple of the {world.size} processes")
-    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None, "auto": None}[config.amp]
-    if config.amp == "auto" and device.type == "cuda":
-        amp = evaluate.half_precision()
-
-    # --- data ---
     if preset.startswith("demo") and world.first(lambda: not Path(config.data).exists()):
         world.print(f"no --data: preparing the embedded data (NASA imagery, about a minute, once) in {config.data}")
         world.first(lambda: data.prepare_demo(Path(config.data)))
-    encoder = config.metadata_encoder if config.metadata_image else "none"
-    fields = world.first(lambda: data.choose_fields(Path(config.data), config.fields))
-    fields = fields if config.digits is None else rounded(fields, config.digits)
-    config = dataclasses.replace(config, fields=",".join(field.name for field in fields))
-    world.first(lambda: bool(data.read_dataset(config.data, fields, captions=encoder == "text")))  # caches it for all
-    splits = data.read_dataset(config.data, fields, captions=encoder == "text")
-    if config.batch_size > len(splits[0]):
-        raise BadInput(f"--batch-size {config.batch_size}: {config.data} has only {len(splits[0])} training images")
-    table = splits[0].table
-    rates = data.missing_rates(table, fields) if encoder != "none" else {}
-    if rates and min(rates.values()) == 1:
-        columns = ", ".join(splits[0].record(0))
-        raise BadInput(f"--fields: {', '.join(rates)} missing in every row of {splits[0].source}; it has {columns}")
-    for name in (name for name, rate in rates.items() if rate == 1):
-        world.print(f"field {name} is missing in every training row: nothing is learned from it")
-    schema = {
-        "none": lambda: None, "text": lambda: np.unique(table.tokens.values).tolist(),
-        "table": lambda: TableSchema.fit(fields, table.numbers, table.categories, config.cyclic_features),
-    }[encoder]()  # fmt: skip
-    metadata, test_metadata = (data.Metadata(split.table, encoder, schema) for split in splits)
-    context = -(-max(metadata.longest, test_metadata.longest) // 8) * 8  # in tokens, from the data
-    per_epoch = len(splits[0]) // config.batch_size
-    if encoder != "none" and (config.consistent_metadata or config.field_dropout or config.shuffle_fields):
-        policy = data.POLICIES[config.augment] if config.consistent_metadata else None
-        variation = data.Variation(policy, config.field_dropout, config.shuffle_fields)
-        metadata = data.VariedMetadata(
-            splits[0], fields, encoder, schema, variation, config.seed, config.image_size, per_epoch
-        )
-    areas = places = centres = partners = None
-    if config.geo or config.temporal or config.mask_same_area:
-        world.first(lambda: bool(data.areas_and_dates(Path(config.data))))
-        known = data.areas_and_dates(Path(config.data))
-        area, date = (column.codes for column in known.categories)
-        if (config.temporal or config.mask_same_area) and (area < 0).all():
-            raise BadInput(f"{splits[0].source}: no row has an area, which --temporal and --mask-same-area need")
-        if config.geo:
-            centres = world.first(
-                lambda: data.cluster_places(data.area_places(known), config.geo_clusters, config.seed)
-            )
-            if not len(centres):
-                raise BadInput(f"{splits[0].source}: no row has a location, which --geo needs")
-            places = torch.from_numpy(data.nearest_centre(known.numbers, centres))
-        areas = torch.from_numpy(area).long() if config.mask_same_area else None
-        partners = data.Partners(area, date, config.seed, per_epoch) if config.temporal else None
-    statistics = world.first(lambda: data.channel_statistics(splits[0], config.image_size, config.workers))
-
-    # --- model and optimizer ---
-    model_config = ModelConfig(
-        config.image_size, config.patch_size, config.vit, encoder, config.metadata_width, config.metadata_layers,
-        vocabulary=len(schema) + 1 if encoder == "text" else 0, context=context,
-        numbers=len(schema.mean) if encoder == "table" else 0,
-        categories=tuple(len(v) + 2 for v in schema.categories.values()) if encoder == "table" else (),
-        image_image=config.image_image, mlp_hidden=config.mlp_hidden, mlp_out=config.mlp_out,
-        queue=config.queue if config.image_image == "moco" else 0, places=0 if centres is None else len(centres),
-    )  # fmt: skip
-    torch.manual_seed(config.seed)
-    try:
-        model = SatMIP(model_config)
-    except ValueError as error:
-        raise BadInput(f"--vit, --image-size, --patch-size or --metadata-width: {error}") from None
+    material = TrainingData(config, world)
+    config, fields, splits, per_epoch = material.config, material.fields, material.splits, material.per_epoch
+    model = build_model(material)
     untrained = copy.deepcopy(model)
     if config.init:  # NOTE[PAPER] channel statistics stay the dataset's (supplement A), whatever the weights had seen
         world.print(load_encoder(model.image_encoder, Path(config.init), config.init_source))
@@ -820,19 +1069,19 @@ def train(config: Config, preset: str) -> None:
 
     # --- resume ---
     derived = {
-        "fields": [asdict(field) for field in fields], "schema": asdict(schema) if encoder == "table" else schema,
+        "fields": [asdict(field) for field in fields],
+        "schema": asdict(material.schema) if material.encoder == "table" else material.schema,
         "rows": f"{len(splits[0])} {hashlib.sha256(splits[0].names.values).hexdigest()}",
-        "geo_centres": None if centres is None else centres.tolist(),
+        "geo_centres": material.centres,
     }  # fmt: skip
     path, saved, start = Path(config.output) / "checkpoint.pt", {}, 0
     world.first(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     if world.first(lambda: find_checkpoint(path)):
         saved = restore(path, config, derived, model, optimizer, scaler)
         start = saved["step"]
+    set_costs(model, config)
     log = [entry for entry in read_lines(path.with_name("log.jsonl")) if entry["step"] <= start]
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.14's new name for it is unknown to 2.11
-    wrapped = world.size > 1 and not config.micro_batch
-    network = DistributedDataParallel(model, broadcast_buffers=False) if wrapped else model
+    network = networked(model, world, config)
 
     # --- say what is about to happen ---
     steps = config.epochs * per_epoch
@@ -852,15 +1101,15 @@ def train(config: Config, preset: str) -> None:
 
     # --- what is saved, and what ends an epoch ---
     labels = evaluate.label_names(splits)
-    trained = evaluate.Pretrained(model, fields, schema, device)
+    trained = evaluate.Pretrained(model, fields, material.schema, device)
     whole = Meter(device, saved.get("epoch_so_far"))
 
     def state(step: int) -> dict:
         """All that the next step depends on. No random state: randomness is a function of seed, epoch, row and view."""
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
         return {
-            "model": model.state_dict(), "model_config": asdict(model_config), "config": options, **derived,
-            "channel_mean": statistics[0], "channel_std": statistics[1], "step": step,
+            "model": model.state_dict(), "model_config": asdict(model.config), "config": options, **derived,
+            "channel_mean": material.statistics[0], "channel_std": material.statistics[1], "step": step,
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "epoch_so_far": whole.state(),
             "processes": world.size, "versions": versions,
         }  # fmt: skip
@@ -878,7 +1127,8 @@ def train(config: Config, preset: str) -> None:
         if monitored(epoch):
             size, workers = config.image_size, config.workers
             try:
-                pair = [evaluate.extract(trained, s, statistics, "image", size, workers)["image"] for s in splits]
+                extract = lambda s: evaluate.extract(trained, s, material.statistics, "image", size, workers)  # noqa: E731
+                pair = [extract(split)["image"] for split in splits]
                 scores = evaluate.score_all({"image": tuple(pair)}, splits, labels[:1], ["knn"])
                 entry[f"knn_{labels[0]}"] = {str(r["k"]): r["accuracy"] for r in scores}
                 shown = ", ".join(f"{100 * r['accuracy']:.1f} (k={r['k']})" for r in scores)
@@ -899,10 +1149,8 @@ def train(config: Config, preset: str) -> None:
     # --- train ---
     if whole.steps == per_epoch:  # stopped between an epoch's last step and its end
         end_epoch(start)
-    order, faults = data.Order(len(splits[0]), config.batch_size, config.seed, world.rank, world.size), {}
-    batches = data.load(
-        splits[0], config.image_size, order, config.workers, faults, range(start, steps), metadata, partners
-    )
+    faults = {}
+    batches = material.batches(world, range(start, steps), faults)
     watch, signals = Watch(world, config, splits[0], scaler, log), Signals()
     began, line = time.perf_counter(), Meter(device)
     for step in range(start, steps):
@@ -912,7 +1160,7 @@ def train(config: Config, preset: str) -> None:
         rate = learning_rate(config, step, per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = to_device(loaded, epoch, areas, places, config, statistics, device)
+        batch = material.to_device(loaded, step, device)
         also = {"unreadable": len(faults) * world.size, "stop": signals.since is not None}
         logged = train_step(network, optimizer, scaler, batch, config, amp, also)
         stop = watch.look(step, logged, dict(faults))
@@ -944,8 +1192,8 @@ def train(config: Config, preset: str) -> None:
 
     # --- report ---
     if labels:
-        before = evaluate.Pretrained(untrained.to(device), fields, schema, device)
-        table = world.first(lambda: report(trained, before, splits, statistics, config))
+        before = evaluate.Pretrained(untrained.to(device), fields, material.schema, device)
+        table = world.first(lambda: report(trained, before, splits, material.statistics, config))
         world.print(f"\n{table}\n\nin {path.parent}: " + ", ".join(sorted(file.name for file in path.parent.iterdir())))
     world.part()
 
