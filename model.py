@@ -517,8 +517,8 @@ class SatMIP(nn.Module):
             self.key_encoder.requires_grad_(False), self.key_mlp.requires_grad_(False)
             self.register_buffer("queue", unit(torch.randn(c.queue, c.mlp_out)))
             self.register_buffer("enqueued", torch.zeros((), dtype=torch.long))
-        # NOTE[PAPER] "on top of SimCLR" is all it says of Geo: the head reads the first view's embedding before it becomes
-        # a unit vector, as its authors' code does with MoCo's; without two views, the features
+        # NOTE[PAPER] "on top of SimCLR" is all it says of Geo: the head reads the first view's embedding before it
+        # becomes a unit vector, as its authors' code does with MoCo's; without two views, the features
         if c.places:
             self.place_head = nn.Linear(width if c.image_image == "none" else c.mlp_out, c.places)
 

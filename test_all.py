@@ -394,7 +394,7 @@ def test_cyclic_features():
     """December is next to January, the date line no border; what is missing stays missing, the rest as it was."""
     fields = parse_fields("gsd,timestamp,location,sun_azimuth_angle")
     rows = [{"gsd": [1, 2], "timestamp": t, "location": p, "sun_azimuth_angle": a} for t, p, a in (
-        ("2015-12-31T23:00:00Z", [180, 10], 359), ("2016-01-01T00:00:00Z", [-180, 10], 1), (None, None, None))]  # fmt: skip
+        ("2015-12-31T23:00Z", [180, 10], 359), ("2016-01-01T00:00Z", [-180, 10], 1), (None, None, None))]  # fmt: skip
     numbers = data.tabulate(rows, fields, captions=False).numbers
     found = metadata.cyclic_features(metadata.number_columns(fields), numbers)
     assert found.shape == (3, 2 + 2 + 3 * 2 + 3 + 2) and np.isnan(found[2, 2:]).all() and (found[:, :2] == [1, 2]).all()
@@ -957,9 +957,9 @@ def test_temporal_partners():
     dates = np.array([5, 6, 6, 5, 5, 7, 7, 8, -1, -1, 4, 7])
     partners, rows = data.Partners(areas, dates, seed=0, per_epoch=1), torch.arange(12)
     drawn = torch.stack([partners(rows, epoch) for epoch in range(3000)])
-    candidates = [[k for k in range(12) if areas[k] == areas[i] >= 0 and k != i and (dates[k] != dates[i] or dates[i] < 0)]
-                  for i in range(12)]  # fmt: skip
-    for i, allowed in enumerate(candidates):
+    for i in range(12):
+        others = [k for k in range(12) if areas[k] == areas[i] >= 0 and k != i]
+        allowed = [k for k in others if dates[k] != dates[i] or dates[i] < 0]
         counts = torch.bincount(drawn[:, i], minlength=12).tolist()
         assert {k for k, count in enumerate(counts) if count} == set(allowed or [i])
         assert all(likely(counts[k], 3000, 1 / len(allowed)) for k in allowed)

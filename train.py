@@ -184,7 +184,7 @@ def configure(options: dict) -> Config:
         (c.temporal and not pairs, f"--temporal: {c.method} compares no two views; use --image-image simclr"),
         (c.mask_same_area and moco, "--mask-same-area: MoCo's queue keeps no areas; use --image-image simclr"),
         (moco and c.queue < c.batch_size, f"--queue {c.queue}: shorter than a batch of {c.batch_size}"),
-        (c.micro_batch and c.vit == "resnet50", "--micro-batch: resnet50 needs the whole batch's statistics; use a ViT"),
+        (c.micro_batch and c.vit == "resnet50", "--micro-batch: resnet50 needs statistics of the whole batch; use a ViT"),
         (c.init and c.vit == "resnet50", "--init: weights for resnet50 are not read; use a ViT"),
         ((c.shuffle_fields or c.digits is not None) and not text,
          "--shuffle-fields and --digits change captions; use --metadata-encoder text"),
