@@ -2457,6 +2457,7 @@ def test_wrong_combinations():
         ("--method moco --mask-same-area", "queue keeps no areas"),
         ("--method moco --queue 32", "--queue 32: shorter than a batch of 64"),
         ("--method simclr --vit resnet50 --micro-batch 8", "--micro-batch: resnet50"),
+        ("--method simclr --field-dropout 0.5", "simclr reads no metadata"),
         ("--method satmips --digits 2", "change captions; use --metadata-encoder text"),
         ("--metadata-encoder text --cyclic-features", "changes the table"),
         ("--method moco --vit resnet50 --init x.pt", "--init: weights for resnet50"),

@@ -176,6 +176,7 @@ def configure(options: dict) -> Config:
         if name in MAY_BE_ZERO and value is not None and not value >= 0:
             raise BadInput(f"{flag} {value}: must not be negative")
     text, pairs, moco = c.metadata_encoder == "text", c.image_image != "none", c.image_image == "moco"
+    varied = c.consistent_metadata or c.field_dropout or c.shuffle_fields or c.digits is not None or c.cyclic_features
     for problem, message in (
         (c.batch_size == 1, "--batch-size 1: a contrastive loss needs something to contrast with; at least 2"),
         (not (c.metadata_image or c.geo or pairs), f"--method {c.method}: nothing is left to learn from"),
@@ -186,6 +187,7 @@ def configure(options: dict) -> Config:
         (moco and c.queue < c.batch_size, f"--queue {c.queue}: shorter than a batch of {c.batch_size}"),
         (c.micro_batch and c.vit == "resnet50", "--micro-batch: resnet50 needs statistics of the whole batch; use a ViT"),
         (c.init and c.vit == "resnet50", "--init: weights for resnet50 are not read; use a ViT"),
+        (varied and not c.metadata_image, f"--method {c.method} reads no metadata, which other options are to vary"),
         ((c.shuffle_fields or c.digits is not None) and not text,
          "--shuffle-fields and --digits change captions; use --metadata-encoder text"),
         (c.cyclic_features and text, "--cyclic-features changes the table; use --metadata-encoder table"),
@@ -208,7 +210,7 @@ def parse_config(argv: list[str] | None) -> tuple[Config, str]:
             parser.add_argument(flag, type=kind, choices=f.metadata["choices"], default=argparse.SUPPRESS, help=text)
     parser.add_argument("--preset", choices=tuple(PRESETS), default="table2", help="settings of a table of the paper")
     given = vars(parser.parse_args(argv))
-    benchmark, preset = "benchmark" in given, given.pop("preset")
+    benchmark, preset = given.get("benchmark", False), given.pop("preset")
     demo = "data" not in given and not benchmark
     small = {"batch_size": 8} if benchmark and not torch.cuda.is_available() else {}
     config = configure((DEMO if demo else small) | PRESETS[preset] | given)
