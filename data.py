@@ -40,6 +40,7 @@ import sys
 import tarfile
 import tempfile
 import textwrap
+import zipfile
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -275,6 +276,11 @@ def cache_folder(folder: Path) -> Path:
     return cache
 
 
+def is_whole(cache: Path) -> bool:
+    """Whether the file is there and has its end, where torch.save lists what it wrote."""
+    return cache.is_file() and zipfile.is_zipfile(cache)
+
+
 def read_split(folder: Path, fields: tuple[Field, ...], captions: bool = False) -> Split:
     """Read folder/metadata.jsonl or .csv. BadInput names what is wrong: the file, the line that cannot be read or
     lacks a file_name, the image that does not exist.
@@ -287,11 +293,13 @@ def read_split(folder: Path, fields: tuple[Field, ...], captions: bool = False) 
     prefix, digest = (hashlib.sha256(text.encode()).hexdigest() for text in (str(path.resolve()), depends))
     prefix, root = f"{folder.name}-{prefix[:8]}", cache_folder(folder.parent)
     cache = root / f"{prefix}-{digest[:20]}"
-    if not cache.is_file():
+    if not is_whole(cache):
         built = build_split(path, fields, captions)
         with tempfile.TemporaryDirectory(prefix="unfinished-", dir=root) as unfinished:
             with open(f"{unfinished}/split", "wb") as file:  # opened here: a full disk is then an OSError
                 torch.save(built, file)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(file.name, cache)  # another process may have been faster
         for old in root.glob(f"{prefix}-*"):  # of an earlier state of the file, not of other fields
             with contextlib.suppress(OSError):  # another process may be removing it
@@ -552,11 +560,9 @@ class Images(torch.utils.data.Dataset):
         self.order, self.metadata, self.partners = order, metadata, partners
 
     def __getitem__(self, step: int) -> tuple[Loaded, dict[str, str]]:
-        rows = self.order[step].clone()
+        rows, faults = self.order[step].clone(), {}
         B = len(rows)
-        if self.partners:
-            rows = torch.cat([rows, self.partners(rows, step)])
-        images, faults = np.empty((len(rows), self.size, self.size, 3), np.uint8), {}
+        images = np.empty(((2 if self.partners else 1) * B, self.size, self.size, 3), np.uint8)
         for i, wanted in enumerate(rows.tolist()):
             for attempt in range(ATTEMPTS if self.replace else 1):
                 row = int(hashed(wanted, attempt) % np.uint64(len(self.names))) if attempt else wanted
@@ -566,9 +572,14 @@ class Images(torch.utils.data.Dataset):
                 except BadInput as error:  # passed on: an exception would arrive wrapped in the worker's traceback
                     faults[self.names[row]] = str(error)
             else:
-                return Loaded(None, rows[:B], ()), faults
-        metadata = self.metadata.batch(rows[:B], step) if self.metadata else ()
-        return Loaded(torch.from_numpy(images), rows[:B], metadata), faults
+                return Loaded(None, rows, ()), faults
+        for i, row in enumerate(self.partners(rows, step).tolist() if self.partners else ()):
+            try:
+                images[B + i] = load_image(self.folder / self.names[row], self.size)
+            except BadInput as error:  # then the image is its own partner
+                images[B + i], faults[self.names[row]] = images[i], str(error)
+        metadata = self.metadata.batch(rows, step) if self.metadata else ()
+        return Loaded(torch.from_numpy(images), rows, metadata), faults
 
 
 class Order:
@@ -852,7 +863,7 @@ def plain(images: Tensor) -> Tensor:
 
 def standardise(x: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """Per-channel standardisation of x [..., 3, h, w], in place, with the training statistics (supplement A)."""
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
+    mean, std = (on_device(np.array(v), x.device)[:, None, None] for v in (mean, std))
     return x.sub_(mean).div_(std)
 
 
@@ -885,6 +896,7 @@ class Partners:
         new = np.r_[True, areas[1:] != areas[:-1]]
         self.area = self.bounds(new)
         self.date = self.bounds(new | np.r_[True, dates[1:] != dates[:-1]])
+        self.some = int((np.diff(self.area, axis=0) > np.diff(self.date, axis=0)).sum())  # rows that have partners
 
     @staticmethod
     def bounds(new: np.ndarray) -> np.ndarray:
@@ -913,6 +925,8 @@ def nearest_centre(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
 def cluster_places(points: np.ndarray, k: int, seed: int) -> np.ndarray:
     """k-means of points [n, 2] in degrees, as in Ayush et al., begun by k-means++ -> centres [min(k, different), 2]."""
     points = np.unique(points[~np.isnan(points).any(1)], axis=0)
+    if not len(points):
+        return points
     rng, centres = np.random.default_rng(seed), points[:1]
     while len(centres) < min(k, len(points)):
         distance = np.square(points - centres[nearest_centre(points, centres)]).sum(1)
@@ -928,32 +942,37 @@ def cluster_places(points: np.ndarray, k: int, seed: int) -> np.ndarray:
 
 
 def area_places(table: Table) -> np.ndarray:
-    """Places of `areas_and_dates` -> one for each area, the mean of its images', and those of images without area."""
+    """Of `areas_and_dates`, each row's place [n, 2]: its area's first one that is known, so that an area has one place;
+    its own without an area."""
     codes, points = table.categories[0].codes, table.numbers
-    known = ~np.isnan(points).any(1)
-    codes = np.where(codes < 0, codes.max(initial=-1) + 1 + np.arange(len(codes)), codes)[known]
-    _, codes = np.unique(codes, return_inverse=True)
-    return np.stack([np.bincount(codes, column) / np.bincount(codes) for column in points[known].T], 1)
+    codes = np.where(codes < 0, codes.max(initial=-1) + 1 + np.arange(len(codes)), codes)
+    of_area = np.full((codes.max() + 1, 2), np.nan)
+    known = np.flatnonzero(~np.isnan(points).any(1))[::-1]  # the first is written last
+    of_area[codes[known]] = points[known]
+    return of_area[codes]
 
 
-def follow_view(record: dict, box: np.ndarray, flip: np.ndarray, transpose: bool, side: int) -> dict:
+SCALES = ("gsd", "multispectral_gsd", "pixel_size")
+AZIMUTHS = ("target_azimuth_angle", "sun_azimuth_angle")  # degrees clockwise from up
+
+
+def follow_view(
+    record: dict, fields: tuple[Field, ...], box: np.ndarray, flip: np.ndarray, transpose: bool, side: int
+) -> dict:
     """The record of a view instead of its image's (--consistent-metadata): scales follow the crop, azimuths the flips
     and turns. box, flip, transpose: one sample's Draws; side: of the image in px."""
-    _, _, height, width = box
-    scale = np.array([width, height])[:: -1 if transpose else 1] / side
-    record = dict(record)
-    for name in ("gsd", "multispectral_gsd", "pixel_size"):
-        numbers = parse_numbers(record.get(name), FIELDS[name])
-        if numbers:
-            numbers = numbers[:: -1 if transpose else 1]
-            record[name] = (numbers * scale).tolist() if len(numbers) == 2 else numbers[0] * float(scale.mean())
-    for name in ("target_azimuth_angle", "sun_azimuth_angle"):  # clockwise from up
-        numbers = parse_numbers(record.get(name), FIELDS[name])
-        if numbers:
-            angle = numbers[0]
-            angle = 180 - angle if flip[0] else angle
+    record, turned = dict(record), -1 if transpose else 1
+    scale = np.array([box[3], box[2]])[::turned] / side  # of x and y
+    for field in fields:
+        numbers = parse_numbers(record.get(field.name), field) if field.name in SCALES + AZIMUTHS else None
+        if numbers and field.name in AZIMUTHS:
+            angle = 180 - numbers[0] if flip[0] else numbers[0]
             angle = -angle if flip[1] else angle
-            record[name] = (270 - angle if transpose else angle) % 360
+            record[field.name] = (270 - angle if transpose else angle) % 360
+        elif numbers and len(numbers) == 2:
+            record[field.name] = (numbers[::turned] * scale).tolist()
+        elif numbers:
+            record[field.name] = numbers[0] * float(scale.mean())
     return record
 
 
@@ -974,7 +993,7 @@ class VariedMetadata(Metadata):
         side: int, per_epoch: int,
     ):  # fmt: skip
         super().__init__(split.table, encoder, schema)
-        self.longest += variation.shuffle * len(fields)  # a comma may become a token of its own
+        self.longest += 2 * len(fields)  # a comma may become a token of its own, an angle gain two digits
         self.split, self.fields, self.schema, self.variation = split, fields, schema, variation
         self.seed, self.side, self.per_epoch = seed, side, per_epoch
 
@@ -984,7 +1003,7 @@ class VariedMetadata(Metadata):
         if vary.consistent:
             draws = draw(vary.consistent, self.side, self.seed, epoch, rows.numpy(), 0)
             geometry = zip(records, draws.box, draws.flip, draws.transpose)
-            records = [follow_view(*sample, self.side) for sample in geometry]
+            records = [follow_view(record, self.fields, *drawn, self.side) for record, *drawn in geometry]
         chance = uniform(self.seed, epoch, rows.numpy()[:, None], VARIATION, np.arange(2 * F))
         order = chance[:, F:].argsort(1) if vary.shuffle else np.arange(F)[None].repeat(len(rows), 0)
         kept = [[self.fields[j] for j in js if chance[i, j] >= vary.dropout] for i, js in enumerate(order)]

@@ -126,7 +126,7 @@ def momentum_loss(query: Tensor, key: Tensor, queue: Tensor, temperature: float 
 
 
 def place_loss(logits: Tensor, places: Tensor) -> Matching:
-    """L_g of Ayush et al., Eq. 3: logits [B, C] of the clusters of places, places [B], -1 where a sample has none.
+    """L_g of Ayush et al., Eq. 4: logits [B, C] of the clusters of places, places [B], -1 where a sample has none.
 
     A sample without place counts as zero, not as absent: so the mean over processes is that of the whole batch.
     """
@@ -137,7 +137,7 @@ def place_loss(logits: Tensor, places: Tensor) -> Matching:
 def total_loss(
     metadata_image: Matching | None, image_image: Matching | None, weight: float = 1.0, place: Matching | None = None
 ) -> Tensor:
-    """Eq. 4: L^MI + lambda L^Sim, or the one that the method has; and L_g, with weight 1 (Ayush et al., Eq. 4)."""
+    """Eq. 4: L^MI + lambda L^Sim, or the one that the method has; and L_g, with weight 1 (Ayush et al., Eq. 5)."""
     terms = [part.loss for part in (metadata_image, place) if part is not None]
     if image_image is not None:
         terms.append(image_image.loss if metadata_image is None else weight * image_image.loss)

@@ -301,8 +301,12 @@ def format_value(value: object, field: Field) -> str | None:
 
 def rounded(fields: tuple[Field, ...], digits: int) -> tuple[Field, ...]:
     """The fields printed with at most that many decimals (--digits)."""
-    style = lambda s: re.sub(r"(?<=^%\.)\d+(?=f$)", lambda decimals: str(min(digits, int(decimals[0]))), s)  # noqa: E731
-    return tuple(dataclasses.replace(field, style=style(field.style)) for field in fields)
+
+    def fewer(style: re.Match) -> str:
+        decimals, kind = int(style[1]), style[2]
+        return f"%.{digits}f" if kind == "g" else f"%.{min(digits, decimals)}{kind}"  # g counts digits, not decimals
+
+    return tuple(dataclasses.replace(f, style=re.sub(r"^%\.(\d+)([efg])$", fewer, f.style)) for f in fields)
 
 
 def caption(record: dict, fields: tuple[Field, ...]) -> str:
@@ -337,19 +341,29 @@ def table_row(record: dict, fields: tuple[Field, ...]) -> tuple[list[float], lis
     return numbers, categories
 
 
-PERIODS = {"month": 12, "hour": 24, "weekday": 7, "azimuth_angle": 360}  # the last part of a feature's name: period
+def periods(fields: tuple[Field, ...]) -> list[int]:
+    """Of each numerical feature its period; 0 for none, -1 for the latitude that follows a longitude."""
+    found = []
+    for field in fields:
+        if field.kind == "timestamp":
+            found += [{"month": 12, "hour": 24, "weekday": 7}.get(part, 0) for part in TIME_PARTS]
+        elif field.parts == ("longitude", "latitude"):
+            found += [360, -1]
+        elif field.kind == "number":
+            angle = field.name.endswith("azimuth_angle")
+            found += [360 if angle else 0] * max(1, len(field.parts))
+    return found
 
 
-def cyclic_features(names: list[str], numbers: np.ndarray) -> np.ndarray:
-    """Features [n, F_num] without a jump (--cyclic-features): what has a period as sine and cosine, a longitude and
-    the latitude after it as a point of the unit sphere, all else as it is."""
+def cyclic_features(numbers: np.ndarray, periods: list[int]) -> np.ndarray:
+    """Features [n, F_num] without a jump (--cyclic-features): what has a period as sine and cosine, longitude and
+    latitude as a point of the unit sphere, all else as it is."""
     columns = []
-    for before, name, x in zip(["", *names], names, numbers.T):
-        period = next((period for end, period in PERIODS.items() if name.endswith(end)), None)
-        if period or name.endswith("longitude"):
-            angle = 2 * np.pi * x / (period or 360)
+    for x, period in zip(numbers.T, periods, strict=True):
+        if period > 0:
+            angle = 2 * np.pi * x / period
             columns += [np.sin(angle), np.cos(angle)]
-        elif name.endswith("latitude") and before.endswith("longitude"):
+        elif period < 0:
             columns[-2:] = [column * np.cos(np.radians(x)) for column in columns[-2:]] + [np.sin(np.radians(x))]
         else:
             columns.append(x)
@@ -378,15 +392,14 @@ class TableSchema:
     mean: list[float]  # of the features that the encoder takes
     std: list[float]
     categories: dict[str, list[str]]  # field name -> the values seen in training, sorted
-    cyclic: bool = False  # whether the encoder takes cyclic_features
+    periods: list[int] | None = None  # of the raw features, when the encoder takes cyclic_features of them
 
     @staticmethod
     def fit(
         fields: tuple[Field, ...], numbers: np.ndarray, categories: list[Categories], cyclic: bool = False
     ) -> "TableSchema":
         """numbers [n, F_num] with NaN where missing; categories: those of each category field."""
-        columns = number_columns(fields)
-        numbers = cyclic_features(columns, numbers) if cyclic else numbers
+        numbers = cyclic_features(numbers, periods(fields)) if cyclic else numbers
         known = ~np.isnan(numbers)
         count = np.maximum(known.sum(0), 1)
         mean = np.where(known, numbers, 0).sum(0) / count
@@ -394,11 +407,12 @@ class TableSchema:
         std = np.where(std > 1e-9 * np.maximum(np.abs(mean), 1), std, 1)  # a constant column stays 0, not noise
         names = [f.name for f in fields if f.kind == "category"]
         values = [sorted(column.values) for column in categories]
-        return TableSchema(columns, mean.tolist(), std.tolist(), dict(zip(names, values)), cyclic)
+        repeat = periods(fields) if cyclic else None
+        return TableSchema(number_columns(fields), mean.tolist(), std.tolist(), dict(zip(names, values)), repeat)
 
     def encode(self, numbers: np.ndarray, categories: list[Categories]) -> tuple[np.ndarray, np.ndarray]:
         """-> float32 [n, F_num] standardised, NaN where missing; int64 [n, F_cat]: MISSING, UNKNOWN, then 2, 3, ..."""
-        numbers = cyclic_features(self.numbers, numbers) if self.cyclic else numbers
+        numbers = cyclic_features(numbers, self.periods) if self.periods else numbers
         scaled = ((numbers - np.array(self.mean)) / np.array(self.std)).astype(np.float32)
         encoded = np.empty((len(numbers), len(self.categories)), np.int64)
         for i, (seen, column) in enumerate(zip(self.categories.values(), categories)):

@@ -471,11 +471,12 @@ class ModelConfig:
 
 
 class Embeddings(NamedTuple):
-    """What one forward gives to the losses: unit vectors in float32, or None for what the method lacks."""
+    """What one forward gives to the losses, in float32, unit vectors but for the last three; None for what the method
+    lacks."""
 
     image: Tensor | None  # [B, E] of the view that meets the metadata
     metadata: Tensor | None  # [B, E]
-    first: Tensor | None  # [B, 256] of the two views that meet each other
+    first: Tensor | None  # [B, E] of the two views that meet each other
     second: Tensor | None
     scale: Tensor | None  # exp(logit_scale) = 1 / temperature of the metadata-image loss
     queue: Tensor | None  # [K, E] MoCo's earlier keys
@@ -515,7 +516,7 @@ class SatMIP(nn.Module):
             self.image_mlp = nn.Sequential(hidden, nn.ReLU(), nn.Linear(c.mlp_hidden, c.mlp_out))
             self.key_encoder, self.key_mlp = (copy.deepcopy(m) for m in (self.image_encoder, self.image_mlp))
             self.key_encoder.requires_grad_(False), self.key_mlp.requires_grad_(False)
-            self.register_buffer("queue", unit(torch.randn(c.queue, c.mlp_out)))
+            self.register_buffer("queue", unit(torch.randn(c.queue, c.mlp_out)))  # any directions, until it is filled
             self.register_buffer("enqueued", torch.zeros((), dtype=torch.long))
         # NOTE[PAPER] "on top of SimCLR" is all it says of Geo: the head reads the first view's embedding before it
         # becomes a unit vector, as its authors' code does with MoCo's; without two views, the features
@@ -524,61 +525,67 @@ class SatMIP(nn.Module):
 
     def forward(self, views: Tensor, metadata: tuple[Tensor, ...]) -> Embeddings:
         """views [V, B, 3, h, w], metadata what its encoder takes -> Embeddings. Called once a step."""
-        return self.project(*self.encode(views, metadata))
+        return self.project(self.encode(views, metadata), self.encode_keys(views))
 
-    def encode(self, views: Tensor, metadata: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def encode(self, views: Tensor, metadata: tuple[Tensor, ...]) -> list[Tensor]:
         """The backbones, each sample by itself -> CLS features of its views [B, V, D] and of its metadata [B, D]."""
         queries = views[:-1] if self.config.image_image == "moco" else views
-        features = self.image_encoder(queries.flatten(0, 1)).unflatten(0, queries.shape[:2])
-        if self.config.image_image == "moco":
-            features = torch.cat([features, self.encode_keys(views[-1])[None]])
-        features = features.transpose(0, 1)
-        return (features, self.metadata_encoder(*metadata)) if self.config.metadata_encoder != "none" else (features,)
+        features = [self.image_encoder(queries.flatten(0, 1)).unflatten(0, queries.shape[:2]).transpose(0, 1)]
+        if self.config.metadata_encoder != "none":
+            features.append(self.metadata_encoder(*metadata))
+        return features
 
-    def project(self, features: Tensor, encoded: Tensor | None = None) -> Embeddings:
+    def project(self, features: list[Tensor], keys: Tensor | None) -> Embeddings:
         """The heads, on the whole batch. The first view meets the metadata, the last two meet each other. With V = 2
         they share the first view (Section 3.2, "Efficient view coupling"); V = 3 decouples them (Table 6); V = 1 is
         SatMIP alone."""
-        c, image, metadata, first, second, scale, queue, place = self.config, *[None] * 7
+        c, (views, *encoded) = self.config, features
+        image = metadata = first = second = scale = place = None
         if c.metadata_encoder != "none":
-            image = unit(self.image_projection(features[:, 0]))
-            metadata, scale = unit(self.metadata_projection(encoded)), self.logit_scale.exp()
-        if c.image_image != "none":
-            # NOTE[PAPER] batch statistics of each view apart, as in SLIP
-            first = self.image_mlp(features[:, -2])
-            second = (self.image_mlp if c.image_image == "simclr" else self.key_mlp)(features[:, -1])
-        if c.places:
-            place = self.place_head(features[:, 0] if first is None else F.relu(first)).float()
-        if first is not None:
-            first, second = unit(first), unit(second)
+            image = unit(self.image_projection(views[:, 0]))
+            metadata, scale = unit(self.metadata_projection(encoded[0])), self.logit_scale.exp()
+        if c.image_image == "simclr":  # NOTE[PAPER] batch statistics of each view apart, as in SLIP
+            first, second = self.image_mlp(views[:, -2]), unit(self.image_mlp(views[:, -1]))
         if c.image_image == "moco":
-            queue = self.queue
+            first, second = self.image_mlp(views[:, -1]), keys
+        if c.places:
+            place = self.place_head(views[:, 0] if first is None else F.relu(first)).float()
+        first = None if first is None else unit(first)
+        queue = self.queue if c.image_image == "moco" else None
         return Embeddings(image, metadata, first, second, scale, queue, place)
 
     @torch.no_grad()
-    def encode_keys(self, view: Tensor) -> Tensor:
-        """MoCo's keys [B, D] of a view [B, 3, h, w]. For ResNet-50 on samples shuffled among the processes, so that no
-        query shares its batch statistics with its own key and can tell it by them."""
+    def encode_keys(self, views: Tensor) -> Tensor | None:
+        """MoCo's keys [B, E] of the last view; None without. For ResNet-50 on samples shuffled among the processes, so
+        that no query shares its batch statistics with its own key and can tell it by them."""
+        if self.config.image_image != "moco":
+            return None
         if self.config.vit != "resnet50" or not several():
-            return self.key_encoder(view)
-        generator = torch.Generator().manual_seed(int(self.enqueued))
-        world, rank, B = dist.get_world_size(), dist.get_rank(), len(view)
-        order = torch.randperm(world * B, generator=generator).to(view.device)
-        keys = self.key_encoder(everyone(view)[order.chunk(world)[rank]])
+            return unit(self.key_mlp(self.key_encoder(views[-1])))
+        world, rank, B = dist.get_world_size(), dist.get_rank(), views.shape[1]
+        order = self.shuffled(world * B)
+        keys = unit(self.key_mlp(self.key_encoder(everyone(views[-1])[order.chunk(world)[rank]])))
         return everyone(keys)[order.argsort()[rank * B : (rank + 1) * B]]
 
-    @torch.no_grad()
-    def follow(self, momentum: float) -> None:
-        """MoCo: the key encoder and its head take a small step towards those of the queries."""
-        for key, query in ((self.key_encoder, self.image_encoder), (self.key_mlp, self.image_mlp)):
-            torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)
+    def shuffled(self, n: int) -> Tensor:
+        """The numbers 0 to n - 1 in an order that is the same on all processes and another in each step, by a hash on
+        the device: a generator would have to be told the step, for which the host would wait."""
+        at = (torch.arange(n, device=self.enqueued.device) + self.enqueued).double()
+        return ((at * 12.9898).sin() * 43758.5453).frac().argsort()
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor) -> None:
-        """MoCo: the keys [G, E] of all processes take the place of the oldest."""
+    def follow(self, momentum: float, skipped: Tensor) -> None:
+        """MoCo, after a step that was not skipped: the key encoder and its head come a little nearer to the queries'."""
+        for key, query in ((self.key_encoder, self.image_encoder), (self.key_mlp, self.image_mlp)):
+            for p, q in zip(key.parameters(), query.parameters()):
+                p.lerp_(q, (1 - momentum) * (~skipped).to(p.dtype))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor, skipped: Tensor) -> None:
+        """MoCo, after a step that was not skipped: the keys [G, E] of all processes take the place of the oldest."""
         at = (self.enqueued + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-        self.queue[at] = keys
-        self.enqueued += len(keys)
+        self.queue[at] = torch.where(skipped, self.queue[at], keys)
+        self.enqueued += torch.where(skipped, 0, len(keys))
 
 
 def everyone(x: Tensor) -> Tensor:

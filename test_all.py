@@ -396,7 +396,9 @@ def test_cyclic_features():
     rows = [{"gsd": [1, 2], "timestamp": t, "location": p, "sun_azimuth_angle": a} for t, p, a in (
         ("2015-12-31T23:00Z", [180, 10], 359), ("2016-01-01T00:00Z", [-180, 10], 1), (None, None, None))]  # fmt: skip
     numbers = data.tabulate(rows, fields, captions=False).numbers
-    found = metadata.cyclic_features(metadata.number_columns(fields), numbers)
+    found = metadata.cyclic_features(numbers, metadata.periods(fields))
+    own = (metadata.Field("rain_per_month", "number"), metadata.Field("latitude", "number"))
+    assert metadata.periods(own) == [0, 0], "a name alone says nothing"
     assert found.shape == (3, 2 + 2 + 3 * 2 + 3 + 2) and np.isnan(found[2, 2:]).all() and (found[:, :2] == [1, 2]).all()
     month, place, azimuth = found[:2, 3:5], found[:2, 10:13], found[:2, 13:]
     assert worst(*place) < 1e-12 and worst(*azimuth) < 0.04 and abs(np.linalg.norm(month[0] - month[1]) - 0.5176) < 1e-3
@@ -409,10 +411,11 @@ def test_cyclic_features():
 
 
 def test_rounded_captions():
-    """No number has more decimals than asked for; formats with fewer, and powers of ten, stay."""
+    """No number has more decimals than asked for; formats with fewer stay."""
     record = {"gsd": [1.23456, 2.5], "location": [1.123456, 2.5], "cloud_cover": 7, "pixel_size": [1.234e-5, 2e-5]}
-    text = caption(record, metadata.rounded(ALL, 1))
-    assert text == "gsd: [1.2, 2.5], pixel_size: [1.23e-05, 2.00e-05], location: [1.1, 2.5], cloud_cover: 7"
+    fields = (*ALL, metadata.Field("warmth", "number", style="%.6g"))
+    text = caption(record | {"warmth": 12.3456}, metadata.rounded(fields, 1))
+    assert text == "gsd: [1.2, 2.5], pixel_size: [1.2e-05, 2.0e-05], location: [1.1, 2.5], cloud_cover: 7, warmth: 12.3"
 
 
 def test_schema_is_fitted_on_the_known_training_values():
@@ -826,7 +829,7 @@ def global_step(rank: int, world: int, options: dict, detached: bool = False) ->
     e, logged = train.forward_backward(network, scaler, batch_of(views, meta, rows, **codes), config, half)
     losses.gather = gather
     if e.queue is not None:
-        m.enqueue(losses.gather(e.second))
+        m.enqueue(losses.gather(e.second), torch.tensor(False))
     means = torch.stack([v.detach() for v in logged.values()]) / world
     if dist.is_initialized():
         dist.all_reduce(means)
@@ -845,19 +848,22 @@ def normalise(kind: type[torch.nn.Module], rank: int, world: int) -> list[torch.
 
 
 def shuffled_keys(rank: int, world: int) -> torch.Tensor:
-    """MoCo's ResNet-50 keys of this process's part of 8 images, after one batch was enqueued."""
+    """MoCo's ResNet-50 keys of this process's part of 8 images."""
     m, views = resnet_moco()
-    m.enqueue(torch.ones(8, 8))
-    return m.encode_keys(views.chunk(world)[rank])
+    return m.encode_keys(views.chunk(world)[rank][None])
 
 
 def expected_keys(world: int) -> torch.Tensor:
     """Those of the last process: every process normalises another shuffled share of the whole batch."""
     m, views = resnet_moco()
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(8)) if world > 1 else torch.arange(8)
+    order = m.shuffled(8) if world > 1 else torch.arange(8)
+    assert sorted(order.tolist()) == list(range(8)) and (world == 1 or order.tolist() != sorted(order.tolist()))
     with torch.no_grad():
-        keys = torch.cat([copy.deepcopy(m.key_encoder)(views[share]) for share in order.chunk(world)])
-    return keys[order.argsort()].chunk(world)[-1]
+        keys = torch.cat([m.key_mlp(copy.deepcopy(m.key_encoder)(views[share])) for share in order.chunk(world)])
+        first = m.shuffled(8)
+        m.enqueue(keys, torch.tensor(False))
+        assert m.shuffled(8).tolist() != first.tolist()
+    return F.normalize(keys[order.argsort()].chunk(world)[-1], dim=1)
 
 
 def resnet_moco() -> tuple[model.SatMIP, torch.Tensor]:
@@ -966,9 +972,10 @@ def test_temporal_partners():
     assert torch.equal(partners(rows[4:9], 2), drawn[2, 4:9]) and not torch.equal(drawn[0], drawn[1])
     assert torch.equal(data.Partners(areas, dates, 0, per_epoch=4)(rows, 11), drawn[2])
     assert not torch.equal(data.Partners(areas, dates, 1, 1)(rows, 2), drawn[2])
+    assert partners.some == 7
 
 
-def test_images_come_with_their_partners(dataset):
+def test_images_come_with_their_partners(dataset, tmp_path):
     """Behind the images of a batch stand those of the rows that `partners` names."""
     split = data.read_split(dataset / "train", DEFAULT)
     known = data.areas_and_dates(dataset)
@@ -979,6 +986,16 @@ def test_images_come_with_their_partners(dataset):
     assert batch.rows.tolist() == rows[:3] and [area[r] for r in rows[:3]] == [area[r] for r in rows[3:]]
     for image, row in zip(batch.images, rows, strict=True):
         assert np.array_equal(image, data.load_image(dataset / "train" / split.names[row], 32))
+    folder = shutil.copytree(dataset / "train", tmp_path / "train")
+    for row in (4, rows[4]):  # an image, and another's partner
+        (folder / split.names[row]).write_bytes(b"")
+    split, faults = data.read_split(folder, DEFAULT), {}
+    (batch,) = data.load(split, 32, [torch.tensor([4, 20, 9])], 0, faults, partners=partners)
+    assert batch.rows[0] != 4 and faults.keys() == {split.names[4], split.names[rows[4]]}
+    shown = [*batch.rows.tolist(), *partners(batch.rows, 0).tolist()]
+    shown[4] = 20  # without its partner, its own
+    for image, row in zip(batch.images, shown, strict=True):
+        assert np.array_equal(image, data.load_image(folder / split.names[row], 32))
 
 
 def test_clusters_of_places():
@@ -1000,7 +1017,8 @@ def test_clusters_of_places():
     assert len(data.cluster_places(np.array([[1.0, 2], [1, 2], [nan, 0]]), 5, 0)) == 1
     areas = metadata.Categories(["a"], np.array([0, 0, -1, -1, 0]))
     table = data.Table(None, np.array([[0, 0], [2, 4], [9, 9], [7, 7], [nan, 0]]), [areas])
-    assert sorted(data.area_places(table).tolist()) == [[1, 2], [7, 7], [9, 9]]
+    assert data.area_places(table).tolist() == [[0, 0], [0, 0], [9, 9], [7, 7], [0, 0]]
+    assert not len(data.cluster_places(np.full((4, 2), nan), 5, 0))
 
 
 def test_metadata_follow_the_view():
@@ -1014,11 +1032,17 @@ def test_metadata_follow_the_view():
         "x": 1,
     }
     record["target_azimuth_angle"] = 350.0
-    view = lambda box, flip, transpose: data.follow_view(record, np.array(box, float), np.array(flip), transpose, 64)  # noqa: E731
+
+    def view(box: list, flip: list, transpose: bool, record: dict = record, fields: tuple = ALL) -> dict:
+        return data.follow_view(record, fields, np.array(box, float), np.array(flip), transpose, 64)
+
     assert view([0, 0, 64, 64], [False, False], False) == record
     half = view([0, 0, 16, 32], [False, False], False)
     assert half["gsd"] == [1.0, 0.75] and half["multispectral_gsd"] == 8 * 0.375 and half["pixel_size"] == [5e-6, 5e-6]
     assert view([0, 0, 16, 32], [False, False], True)["gsd"] == [0.75, 1.0], "x and y change places"
+    own = (metadata.Field("gsd", "number"), metadata.Field("pixel_size", "category"))  # a dataset's own definitions
+    changed = view([0, 0, 32, 32], [True, True], True, {"gsd": 0.5, "pixel_size": "big"}, own)
+    assert changed == {"gsd": 0.25, "pixel_size": "big"}
     azimuths = lambda flip, transpose: [  # noqa: E731
         round(view([0, 0, 64, 64], flip, transpose)[f"{name}_azimuth_angle"], 9) for name in ("sun", "target")
     ]
@@ -2423,15 +2447,18 @@ def test_moco():
     optimizer, batch = train.make_optimizer(m, dataclasses.replace(config, base_lr=0.1)), small_batch(8)
     optimizer.param_groups[0]["lr"] = 0.1
     assert optimizer.param_groups[0]["momentum"] == 0.9 and optimizer.param_groups[0]["weight_decay"] == 1e-4
+    plain = torch.amp.GradScaler("cpu", enabled=False)
+    nothing = dataclasses.replace(config, temperature=math.nan)
+    state = copy.deepcopy(m.state_dict())
+    assert train.train_step(m, optimizer, plain, batch_of(*batch), nothing, None, {})["skipped"]
+    assert same(dict(m.state_dict()), dict(state)), "what a step that is not finite has found is not kept"
     for step in range(3):
-        follow = [0.75 * key + 0.25 * query for key, query in zip(keys, queries)]
         queue, before = m.queue.clone(), copy.deepcopy(m)
-        logged = train.train_step(
-            m, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch_of(*batch), config, None, {}
-        )
+        logged = train.train_step(m, optimizer, plain, batch_of(*batch), config, None, {})
+        earlier = [*before.key_encoder.parameters(), *before.key_mlp.parameters()]
+        follow = [0.75 * key + 0.25 * query for key, query in zip(earlier, queries)]
         assert all(worst(key, expected) < 1e-6 for key, expected in zip(keys, follow))
         assert not all(map(torch.equal, queries, [p for p in before.parameters() if p.requires_grad]))
-        before.follow(0.75)
         with torch.no_grad():
             unit = lambda x: F.normalize(x, dim=1)  # noqa: E731
             own = unit(before.key_mlp(before.key_encoder(batch[0][1])))
@@ -2442,11 +2469,6 @@ def test_moco():
         assert worst(m.queue[at], own) < 1e-5
         left = [i for i in range(20) if i not in at]
         assert torch.equal(m.queue[left], queue[left])
-    skipped = train.train_step(
-        m, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch_of(*batch),
-        dataclasses.replace(config, temperature=math.nan), None, {},
-    )  # fmt: skip
-    assert skipped["skipped"] and m.enqueued == 24, "what a step that is not finite has found is not kept"
 
 
 def test_wrong_combinations():
@@ -2455,6 +2477,8 @@ def test_wrong_combinations():
         ("--method satmip --temporal", "--temporal: satmip compares no two views"),
         ("--method satmip --no-metadata-image", "nothing is left to learn from"),
         ("--method moco --mask-same-area", "queue keeps no areas"),
+        ("--method moco --same-view-negatives", "MoCo has its queue's"),
+        ("--method simclr --vit resnet50 --checkpoint-blocks", "resnet50 has none"),
         ("--method moco --queue 32", "--queue 32: shorter than a batch of 64"),
         ("--method simclr --vit resnet50 --micro-batch 8", "--micro-batch: resnet50"),
         ("--method simclr --field-dropout 0.5", "simclr reads no metadata"),
@@ -2483,6 +2507,22 @@ def test_methods_are_rows_of_options():
         0.2,
     )
     assert (moco.batch_size, moco.weight_decay, moco.mlp_out, moco.key_momentum) == (256, 1e-4, 128, 0.999)
+
+
+@pytest.mark.parametrize("encoder", ["text", "table"])
+def test_micro_batches_under_autocast(encoder):
+    """In bf16, too, the pieces' gradients are the whole batch's, and every parameter has one."""
+    config = train.configure({"vit": "vit_micro", "metadata_encoder": encoder})
+    views, meta = small_batch(8)
+    meta = meta if encoder == "table" else (torch.arange(48).view(8, 6) % 19, torch.tensor([6, 5] * 4))
+    found = []
+    for micro in (0, 3):
+        m, plain = small_model(encoder, vocabulary=20, context=6).train(), torch.amp.GradScaler("cpu", enabled=False)
+        c = dataclasses.replace(config, micro_batch=micro)
+        train.forward_backward(m, plain, batch_of(views, meta), c, torch.autocast("cpu", torch.bfloat16))
+        found.append({name: p.grad for name, p in m.named_parameters()})
+    for name, gradient in found[0].items():
+        assert (found[1][name] - gradient).norm() < 0.03 * gradient.norm() + 1e-4, name
 
 
 def test_temperature():

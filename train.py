@@ -183,9 +183,12 @@ def configure(options: dict) -> Config:
         (c.decouple_views and not (c.metadata_image and pairs),
          f"--decouple-views: {c.method} has one kind of view only; use --method satmips"),
         (c.temporal and not pairs, f"--temporal: {c.method} compares no two views; use --image-image simclr"),
+        (c.same_view_negatives and moco, "--same-view-negatives: MoCo has its queue's; use --image-image simclr"),
+        (c.checkpoint_blocks and c.vit == "resnet50", "--checkpoint-blocks: resnet50 has none; use a ViT"),
         (c.mask_same_area and moco, "--mask-same-area: MoCo's queue keeps no areas; use --image-image simclr"),
         (moco and c.queue < c.batch_size, f"--queue {c.queue}: shorter than a batch of {c.batch_size}"),
-        (c.micro_batch and c.vit == "resnet50", "--micro-batch: resnet50 needs statistics of the whole batch; use a ViT"),
+        (c.micro_batch and c.vit == "resnet50",
+         "--micro-batch: resnet50 needs statistics of the whole batch; use a ViT"),
         (c.init and c.vit == "resnet50", "--init: weights for resnet50 are not read; use a ViT"),
         (varied and not c.metadata_image, f"--method {c.method} reads no metadata, which other options are to vary"),
         ((c.shuffle_fields or c.digits is not None) and not text,
@@ -450,12 +453,12 @@ class TrainingData:
             "table": lambda: TableSchema.fit(fields, table.numbers, table.categories, config.cyclic_features),
         }[encoder]()  # fmt: skip
         self.metadata, test = (data.Metadata(split.table, encoder, self.schema) for split in splits)
-        self.context = -(-max(self.metadata.longest, test.longest) // 8) * 8  # in tokens, from the data
         if encoder != "none" and (config.consistent_metadata or config.field_dropout or config.shuffle_fields):
             policy = data.POLICIES[config.augment] if config.consistent_metadata else None
             vary = data.Variation(policy, config.field_dropout, config.shuffle_fields)
             options = (vary, config.seed, config.image_size, self.per_epoch)
             self.metadata = data.VariedMetadata(splits[0], fields, encoder, self.schema, *options)
+        self.context = -(-max(self.metadata.longest, test.longest) // 8) * 8  # in tokens, from the data
         self.areas = self.places = self.centres = self.partners = None
         if config.geo or config.temporal or config.mask_same_area:
             self.read_areas(world)
@@ -473,11 +476,13 @@ class TrainingData:
             self.areas = torch.from_numpy(area).long()
         if config.temporal:
             self.partners = data.Partners(area, date, config.seed, self.per_epoch)
+            world.print(f"{self.partners.some:,} of {len(area):,} training images have another date of their area")
         if config.geo:
-            found = world.first(lambda: data.cluster_places(data.area_places(known), config.geo_clusters, config.seed))
+            points = data.area_places(known)
+            found = world.first(lambda: data.cluster_places(points, config.geo_clusters, config.seed))
             if not len(found):
                 raise BadInput(f"{source}: no row has a location, which --geo needs")
-            self.centres, self.places = found.tolist(), torch.from_numpy(data.nearest_centre(known.numbers, found))
+            self.centres, self.places = found.tolist(), torch.from_numpy(data.nearest_centre(points, found))
 
     def batches(self, world: World, steps: range, faults: dict[str, str]) -> Iterator[data.Loaded]:
         """This process's share of each step, read ahead by workers."""
@@ -518,7 +523,10 @@ def make_optimizer(model: SatMIP, config: Config) -> torch.optim.Optimizer:
     """AdamW as SLIP's, or SGD as MoCo's, which decays every parameter; fused, so that the device may skip a step."""
     if config.optimizer == "sgd":
         trained = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.SGD(trained, 0.0, momentum=0.9, weight_decay=config.weight_decay, fused=True)
+        optimizer = torch.optim.SGD(trained, 0.0, momentum=0.9, weight_decay=config.weight_decay, fused=True)
+        for p in trained:  # else a first step that is skipped would leave it as the memory was
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return optimizer
     groups = parameter_groups(model, config.weight_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-8, fused=True)
 
@@ -587,20 +595,23 @@ def forward_backward(network, scaler, batch: Batch, config: Config, half: torch.
         scaler.scale(loss).backward()
         return embeddings, logged
 
-    def encode(piece: slice) -> tuple[Tensor, ...]:
-        with half:
-            return network.encode(batch.views(piece), tuple(x[piece] for x in batch.metadata))
-
     pieces = [slice(i, i + config.micro_batch) for i in range(0, batch.size, config.micro_batch)]
-    with torch.no_grad():
-        features = [torch.cat(parts) for parts in zip(*map(encode, pieces))]
-    features = [x.requires_grad_() for x in features]
+    encode = lambda piece, views: network.encode(views, tuple(x[piece] for x in batch.metadata))  # noqa: E731
+    features, keys = [], []
     with half:
-        embeddings = network.project(*features)
+        for piece in pieces:
+            views = batch.views(piece)
+            with torch.no_grad():
+                features.append(encode(piece, views))
+            keys.append(network.encode_keys(views))
+        features = [torch.cat(parts).requires_grad_() for parts in zip(*features)]
+        embeddings = network.project(features, None if keys[0] is None else torch.cat(keys))
     loss, logged = compute_losses(embeddings, batch, config)
     scaler.scale(loss).backward()
     for piece in pieces:
-        torch.autograd.backward(encode(piece), [x.grad[piece] for x in features])
+        with half:
+            again = encode(piece, batch.views(piece))
+        torch.autograd.backward(again, [x.grad[piece] for x in features])
     if dist.is_initialized():  # DistributedDataParallel would do so after each piece
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
         means = mean(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -618,10 +629,8 @@ def train_step(
     the device decides by itself: an optimizer with fused=True leaves weights and moments alone where found_inf is 1.
     """
     model = network.module if isinstance(network, DistributedDataParallel) else network
-    before = [buffer.clone() for buffer in model.buffers()]  # BatchNorm's statistics, MoCo's queue
-    device = next(model.parameters()).device
-    if config.image_image == "moco":
-        model.follow(config.key_momentum)
+    statistics = [buffer for name, buffer in model.named_buffers() if name not in ("queue", "enqueued")]  # BatchNorm's
+    before, device = [buffer.clone() for buffer in statistics], next(model.parameters()).device
     optimizer.zero_grad(set_to_none=True)
     half = torch.autocast(device.type, amp, enabled=amp is not None)
     embeddings, logged = forward_backward(network, scaler, batch, config, half)
@@ -634,10 +643,11 @@ def train_step(
     optimizer.step()  # not the scaler's, which would put its own found_inf in place of this one
     scaler.update()
     with torch.no_grad():
-        if config.image_image == "moco":
-            model.enqueue(losses.gather(embeddings.second))
-        for buffer, old in zip(model.buffers(), before):
+        for buffer, old in zip(statistics, before):
             buffer.copy_(torch.where(skipped, old, buffer))
+        if config.image_image == "moco":
+            model.enqueue(losses.gather(embeddings.second), skipped)
+            model.follow(config.key_momentum, skipped)
         if embeddings.scale is not None:
             model.logit_scale.clamp_(0, losses.MAX_SCALE)
     return dict(zip(logged, means)) | {"skipped": skipped.float()}
@@ -839,7 +849,8 @@ def set_costs(model: SatMIP, config: Config) -> None:
         if isinstance(module, Block):
             module.checkpointed = config.checkpoint_blocks
     if config.compile:  # encoders whole: block by block, the variants of one forward would pass dynamo's limit of 8
-        model.image_encoder.compile()
+        for encoder in [model.image_encoder] + ([model.key_encoder] if config.image_image == "moco" else []):
+            encoder.compile()
         if model.config.metadata_encoder != "none":
             model.metadata_encoder.compile()
 
@@ -901,10 +912,11 @@ class Costed:
         m, device = self.material, self.world.device
         self.moments.append([now(device)])
         batch = m.to_device(loaded._replace(metadata=m.metadata.batch(loaded.rows)), 0, device)
-        views = batch.views(slice(None))
+        if not m.config.micro_batch:  # which makes its views itself, piece by piece
+            views = batch.views(slice(None))
+            batch = batch._replace(views=lambda piece: views[:, piece])
         self.moments[-1].append(now(device))
         with watch:
-            batch = batch._replace(views=lambda piece: views[:, piece])
             train_step(self.network, self.optimizer, self.scaler, batch, m.config, self.amp, {})
         self.moments[-1].append(now(device))
 
@@ -984,7 +996,7 @@ def cost_report(config: Config) -> None:
             method.waits.append(1e3 * (time.perf_counter() - asked))
             method.step(batch)
             if world.size > 1:
-                with method.network.no_sync():
+                with getattr(method.network, "no_sync", contextlib.nullcontext)():
                     method.step(batch)
 
     cuda, local, every = world.device.type == "cuda", config.batch_size // world.size, 2 if world.size > 1 else 1
@@ -1065,6 +1077,8 @@ def train(config: Config, preset: str) -> None:
     untrained = copy.deepcopy(model)
     if config.init:  # NOTE[PAPER] channel statistics stay the dataset's (supplement A), whatever the weights had seen
         world.print(load_encoder(model.image_encoder, Path(config.init), config.init_source))
+        if config.image_image == "moco":
+            model.follow(0.0, torch.tensor(False))  # the key encoder starts there, too
     model.to(device).train()
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -1074,7 +1088,6 @@ def train(config: Config, preset: str) -> None:
         "fields": [asdict(field) for field in fields],
         "schema": asdict(material.schema) if material.encoder == "table" else material.schema,
         "rows": f"{len(splits[0])} {hashlib.sha256(splits[0].names.values).hexdigest()}",
-        "geo_centres": material.centres,
     }  # fmt: skip
     path, saved, start = Path(config.output) / "checkpoint.pt", {}, 0
     world.first(lambda: path.parent.mkdir(parents=True, exist_ok=True))
@@ -1111,6 +1124,7 @@ def train(config: Config, preset: str) -> None:
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
         return {
             "model": model.state_dict(), "model_config": asdict(model.config), "config": options, **derived,
+            "geo_centres": material.centres,
             "channel_mean": material.statistics[0], "channel_std": material.statistics[1], "step": step,
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "epoch_so_far": whole.state(),
             "processes": world.size, "versions": versions,
