@@ -1797,6 +1797,24 @@ def test_knn_equals_a_loop(queries, classes, chunk):
         evaluate.knn(*tensors, classes, (1, 151))
 
 
+@pytest.mark.parametrize("n, k", [(1000, 5), (1007, 62), (1007, 63), (15, 15)])
+def test_largest_of_many(n, k):
+    """top: topk's own values and columns, whether n falls into 16 equal groups or not, sorted or dealt unluckily."""
+    torch.manual_seed(0)
+    shuffled, falling = torch.randn(5, n), torch.arange(n, 0.0, -1).expand(2, n)
+    for x in (shuffled, falling, falling.flip(1), falling.half()):
+        assert all(map(torch.equal, evaluate.top(x, k), x.topk(k)))
+
+
+def test_knn_in_half_precision():
+    """fp16 finds candidates, float32 weighs them: shares within 1e-5, where fp16's own cosines would be off by 0.02."""
+    torch.manual_seed(0)
+    centres, labels = torch.randn(8, 24), torch.arange(3000) % 8
+    bank, asked = centres[labels] + torch.randn(3000, 24), centres.repeat(5, 1) + torch.randn(40, 24)
+    exact, half = (evaluate.knn(bank, labels, asked, 8, (1, 20), half=h) for h in (False, True))
+    assert torch.equal(exact.argmax(2), half.argmax(2)) and worst(exact, half) < 1e-5
+
+
 def test_linear_probe_reaches_the_optimum():
     """On data that no plane separates the gradient vanishes and the loss is that of Newton's method in float64."""
     torch.manual_seed(0)
