@@ -302,8 +302,8 @@ def knn(
     """Shares of the votes [len(ks), m, C] for queries [m, D] from a bank [n, D] with labels [n] in 0 .. C - 1.
 
     A neighbour of cosine s votes for its class with weight exp(s / temperature). One pass in chunks of queries (by
-    default of at most 2^26 similarities, 256 MiB) serves every k: the votes of the first k neighbours are among those of
-    the first max(ks). ValueError when a k exceeds n.
+    default of at most 2^26 similarities, 256 MiB) serves every k: the votes of the first k neighbours are among those
+    of the first max(ks). ValueError when a k exceeds n.
 
     half (by default on a GPU): fp16 finds twice as many neighbours, float32 chooses among them and weighs them. fp16
     alone would shift a cosine by up to 5e-4 and tie many.

@@ -33,6 +33,7 @@ import sys
 import tarfile
 import threading
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -583,6 +584,7 @@ def test_weights_of_others(name, tmp_path):
         assert worst(larger.pos_embed, theirs.positions(4, 4)) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of TorchScript
 def test_wrong_weights_of_others(tmp_path):
     """Heads, a missing or misshapen tensor, another architecture, another source, code: each refused by name."""
     vit, path = randomise(model.ViT(32, 16, *model.VITS["vit_micro"])), tmp_path / "x.pt"
@@ -605,6 +607,15 @@ def test_wrong_weights_of_others(tmp_path):
         model.load_encoder(vit, path, "mae", heads=4)
     with pytest.raises(model.WrongWeights, match="not slip weights: no module.visual.cls_token; it holds model"):
         model.load_encoder(vit, path, "slip", heads=4)
+    openai = {"visual.class_embedding": torch.ones(8), "visual.conv1.weight": torch.ones(8, 3, 4, 4)}
+    torch.save(openai | {"visual.ln_pre.weight": torch.ones(8)}, path)
+    refused = r"x.pt: [^\n]*OpenAI's CLIP, .* \(ln_pre\) and QuickGELU; .* not supported$"
+    with pytest.raises(model.WrongWeights, match=refused):
+        model.load_encoder(vit, path, "clip")
+    with zipfile.ZipFile(path, "a") as archive:  # makes it TorchScript, as OpenAI distributes it
+        archive.writestr("x/constants.pkl", b"")
+    with pytest.raises(model.WrongWeights, match=refused):
+        model.load_encoder(vit, path, "clip")
     torch.save({"model": Malice(tmp_path / "marker")}, path)
     with pytest.raises(model.WrongWeights, match="holds code"):
         model.load_encoder(vit, path, "mae")
