@@ -579,44 +579,51 @@ QUESTIONS = {  # name -> (field, its value -> the answer, None when unknown)
 }
 
 
-def ask(pretrained: Pretrained, splits: tuple[data.Split, data.Split], images: Tensor, most: int = 4096) -> list[dict]:
+def ask(
+    pretrained: Pretrained, splits: tuple[data.Split, data.Split], images: Tensor, most: int = 4096
+) -> tuple[list[dict], dict[str, np.ndarray]]:
     """What test images [m, E] answer on each question: posterior over a gallery that varies one field alone.
 
     The gallery is the field's values of `most` training rows, all else missing; similarities times the model's scale
     give, by softmax, the posterior of each row, and the rows of one answer add up. So the prior is that of training.
-    A place is the gallery's likeliest, and its error the great-circle distance.
+    The likeliest answer is scored; a place by its great-circle distance. -> results, and of each question as arrays
+    the file names "<question>.ids" [a], the answers ".classes" [C] ([C, 2] for places) and ".probabilities" [a, C].
     """
-    results = []
+    results, posteriors = [], {}
     for name, (field, answer) in QUESTIONS.items():
         if field not in {f.name for f in pretrained.fields}:
             continue
         values, truths = (column(split, field) for split in splits)
         values = [value for value in values if answer(value) is not None]
         values = values[:: max(1, -(-len(values) // most))]
-        asked = [i for i, value in enumerate(truths) if answer(value) is not None]
-        if not values or not asked:
+        truths = {i: answer(value) for i, value in enumerate(truths) if answer(value) is not None}
+        if not values or not truths:
             continue
         table = data.tabulate(({field: v} for v in values), pretrained.fields, pretrained.encoder == "text")
         gallery = embed(pretrained, {"metadata": torch.cat(list(metadata_features(pretrained, table)))})["metadata"]
-        scale = pretrained.model.logit_scale.detach().exp()
-        posterior = torch.cat([(scale * part @ gallery.T).softmax(1) for part in images[asked].split(1024)])
-        answers, result = [answer(value) for value in values], {"features": "image", "label": name, "protocol": "ask"}
+        scale, answers = pretrained.model.logit_scale.detach().exp(), list(map(answer, values))
+        classes = sorted(set(answers))
+        number = {a: i for i, a in enumerate(classes)}
+        codes = torch.tensor([number[a] for a in answers], device=gallery.device)
+        sums = torch.zeros(len(truths), len(classes), device=gallery.device)
+        for part, x in zip(sums.split(1024), images[list(truths)].split(1024)):
+            part.index_add_(1, codes, (scale * x @ gallery.T).softmax(1))
+        guessed, result = [classes[i] for i in sums.argmax(1).tolist()], {}
         if name == "place":
-            guessed = [answers[i] for i in posterior.argmax(1).tolist()]
-            chance = [answers[i] for i in data.hashed(0, np.arange(len(asked))) % len(answers)]  # any training place
-            truth = unit_sphere(np.array([answer(truths[i]) for i in asked]))
-            for key, places in (("median_km", guessed), ("chance_km", chance)):
-                result[key] = great_circle(unit_sphere(np.array(places)), truth).median().item()
+            drawn = [answers[i] for i in data.hashed(0, np.arange(len(truths))) % len(answers)]  # any training place
+            true, *places = (unit_sphere(np.array(p)) for p in (list(truths.values()), guessed, drawn))
+            for key, place in zip(("median_km", "chance_km"), places):
+                result[key] = great_circle(place, true).median().item()
         else:
-            classes = sorted(set(answers))
-            codes = torch.tensor([classes.index(a) for a in answers], device=posterior.device)
-            sums = torch.zeros(len(asked), len(classes), device=posterior.device).index_add_(1, codes, posterior)
-            right = [classes[i] == answer(truths[j]) for i, j in zip(sums.argmax(1).tolist(), asked)]
-            common = classes[int(torch.bincount(codes).argmax())]
-            result |= {"accuracy": float(np.mean(right)), "classes": len(classes)}
-            result["chance"] = float(np.mean([common == answer(truths[i]) for i in asked]))  # the commonest answer
-        results.append(result | {"test": len(asked)})
-    return results
+            common = [classes[int(torch.bincount(codes).argmax())]] * len(truths)  # the commonest answer
+            for key, said in (("accuracy", guessed), ("chance", common)):
+                result[key] = float(np.mean([a == b for a, b in zip(said, truths.values())]))
+            result["classes"] = len(classes)
+        results.append({"features": "image", "label": name, "protocol": "ask", **result, "test": len(truths)})
+        arrays = ([splits[1].names[i] for i in truths], classes, sums.cpu().numpy())
+        for key, array in zip(("ids", "classes", "probabilities"), arrays):
+            posteriors[f"{name}.{key}"] = np.array(array)
+    return results, posteriors
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -1128,6 +1135,8 @@ def score_finetuned(
 def evaluate(args: argparse.Namespace) -> list[dict]:
     """The command: every model on every dataset; read, extract, score, print, write."""
     results, statistics, bimodal = [], {}, [p for p in args.protocol if p in BIMODAL]
+    if (args.places or args.posteriors or args.map) and len(args.checkpoint or "1") * len(args.data or "1") > 1:
+        raise BadInput("--places, --posteriors, --map: one file each; give one --checkpoint and one --data")
     unlabelled = set(args.protocol) <= {"retrieval", "ask"} and not args.map
     for pretrained, folders in models(args):
         has = [m for m in args.modality if m == "image" or pretrained.encoder != "none"]
@@ -1158,7 +1167,10 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
                 elif protocol == "retrieval":
                     found += retrieval(embed(pretrained, features[1]))
                 elif protocol == "ask":
-                    found += ask(pretrained, splits, embed(pretrained, {"image": features[1]["image"]})["image"])
+                    answers, posteriors = ask(pretrained, splits, embed(pretrained, features[1])["image"])
+                    found += answers
+                    if args.posteriors:
+                        np.savez_compressed(args.posteriors, **posteriors)
                 elif protocol == "missing":
                     found += missing_fields(pretrained, splits, features, labels)
                 elif protocol == "leakage":
@@ -1243,6 +1255,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     c.add_argument("--average-areas", action="store_true", help="average probabilities over the images of an area")
     c.add_argument("--image-size", type=positive, help="px; default: as in training (224 for --weights)")
     c.add_argument("--places", type=Path, metavar="FILE", help="draw where on Earth the model places test images")
+    c.add_argument("--posteriors", type=Path, metavar="FILE.npz", help="of --protocol ask: ids, classes, probabilities")
     c.add_argument("--map", type=Path, metavar="FILE", help="draw the test features' two principal components")
     c.add_argument("--output", type=Path, metavar="FILE", help="append one JSON line per result to this file")
     e = command("export", export, "the image encoder by timm's names, and features of a dataset; resumes when stopped")

@@ -2890,7 +2890,7 @@ def test_protocols_of_both_encoders(run, dataset, name, tmp_path, capsys):
     """Retrieval, questions, missing fields, leakage: what they find is what a slow hand finds."""
     argv = ["--checkpoint", str(run(name) / "checkpoint.pt"), "--workers", "0"]
     argv += ["--output", str(tmp_path / "out.jsonl"), "--places", str(tmp_path / "places.png")]
-    argv += ["--map", str(tmp_path / "map.png")]
+    argv += ["--map", str(tmp_path / "map.png"), "--posteriors", str(tmp_path / "ask.npz")]
     evaluate.main([*argv, "--protocol", "retrieval", "ask", "missing", "leakage", "linear", "--modality", "both"])
     results = {p: [r for r in json_lines(tmp_path / "out.jsonl") if r["protocol"] == p] for p in evaluate.PROTOCOLS}
     assert all(min(Image.open(picture).size) > 100 for picture in tmp_path.glob("*.png"))
@@ -2907,13 +2907,18 @@ def test_protocols_of_both_encoders(run, dataset, name, tmp_path, capsys):
     table = data.tabulate(({"timestamp": v} for v in months), pretrained.fields, True)
     gallery = pretrained.model.metadata_encoder(*pretrained.metadata(table).batch(torch.arange(len(months)), "cpu"))
     gallery = F.normalize(pretrained.model.metadata_projection(gallery), dim=1)
-    right = []
+    right, stored = [], np.load(tmp_path / "ask.npz")
     for i in range(16):
         truth, sums = parse_timestamp(splits[1].record(i).get("timestamp")), np.zeros(13)
         image = F.normalize(pretrained.model.image_projection(features["image"][i]), dim=0)
         for value, p in zip(months, (gallery @ image * pretrained.model.logit_scale.exp()).softmax(0).tolist()):
             sums[int(parse_timestamp(value)[1])] += p
         right += [sums.argmax() == truth[1]] if truth else []
+        if truth:  # of each image: the posterior that was written
+            assert stored["month.ids"][len(right) - 1] == splits[1].names[i]
+            assert worst(stored["month.probabilities"][len(right) - 1], sums[stored["month.classes"]]) < 1e-5
+    places = [stored[f"place.{key}"] for key in ("ids", "classes", "probabilities")]
+    assert places[1].shape[1] == 2 and places[2].shape == (len(places[0]), len(places[1]))
     month = next(r for r in results["ask"] if r["label"] == "month")
     assert abs(month["accuracy"] - np.mean(right)) < 1e-9 and month["test"] == len(right)
 
@@ -3000,6 +3005,7 @@ WRONG_OPTIONS = {
     "evaluate --protocol ask": "simclr",
     "evaluate --places x.png": "simclr",
     "evaluate --average-areas": "'a0'",  # whose two images are of different kinds
+    "evaluate --places x.png --data a b": "--places",
     "evaluate --image-size 33": "33",
     "evaluate --data nowhere": "nowhere",
 }
