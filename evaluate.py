@@ -26,7 +26,7 @@ import re
 import sys
 import zipfile
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -36,21 +36,14 @@ from torch import Tensor, nn
 import data
 from metadata import DEFAULT_FIELDS, FIELDS, TIME_PARTS, BadInput, Field, TableSchema, parse_category, parse_fields
 from metadata import parse_numbers, parse_timestamp
-from model import (
-    SOURCES,
-    VITS,
-    ModelConfig,
-    SatMIP,
-    WrongWeights,
-    describe_encoder,
-    load_encoder,
-    parameter_groups,
-    read_encoder,
-)
+from model import SOURCES, VITS, ModelConfig, SatMIP, WrongWeights, describe_encoder, load_encoder, parameter_groups
+from model import read_encoder
 
 KS = (1, 5, 20, 100)  # supplement C
 SETTINGS = ("epochs", "fields", "loss_weight", "augment", "decouple_views", "vit", "init")  # ablated in the paper
 PAPER_TABLES = Path(__file__).with_name("pictures") / "paper_tables.csv"  # the numbers that the paper printed
+Splits = tuple[data.Split, data.Split]  # train and test
+Statistics = tuple[list[float], list[float]]  # mean and standard deviation of each channel
 TEMPERATURE = 0.07  # NOTE[PAPER] "following standard practice": the value of all three works it cites
 
 # -----------------------------------------------------------------------------------------------------
@@ -175,8 +168,8 @@ def half_precision() -> torch.dtype:
 
 @torch.no_grad()
 def image_features(
-    pretrained: Pretrained, split: data.Split, statistics: tuple[list[float], list[float]],
-    size: int, workers: int, batch: int = 512, start: int = 0,
+    pretrained: Pretrained, split: data.Split, statistics: Statistics, size: int, workers: int, batch: int = 512,
+    start: int = 0,
 ) -> Iterator[Tensor]:  # fmt: skip
     """CLS features [B, D] of the images from row `start` on, batch by batch."""
     device = pretrained.device
@@ -198,8 +191,8 @@ def metadata_features(pretrained: Pretrained, table: data.Table, batch: int = 51
 
 
 def extract(
-    pretrained: Pretrained, split: data.Split, statistics: tuple[list[float], list[float]], modality: str,
-    size: int, workers: int, batch: int = 512,
+    pretrained: Pretrained, split: data.Split, statistics: Statistics, modality: str, size: int, workers: int,
+    batch: int = 512,
 ) -> dict[str, Tensor]:  # fmt: skip
     """CLS features of all rows in order, those that `modality` needs: {"image": [n, D], "metadata": [n, D_metadata]}"""
     pretrained.model.eval()
@@ -220,7 +213,7 @@ def join(features: dict[str, Tensor]) -> Tensor:
     return torch.cat([features["image"], features["metadata"]], dim=1)
 
 
-def identity(splits: tuple[data.Split, data.Split], fields: tuple[Field, ...]) -> tuple[Tensor, Tensor]:
+def identity(splits: Splits, fields: tuple[Field, ...]) -> tuple[Tensor, Tensor]:
     """The baseline "Identity" of metadata alone: the table features of (train, test) as they are, [n, F].
 
     NOTE[PAPER] "standardised raw fields" leaves open what is missing and what is a category: a missing number is the
@@ -375,7 +368,7 @@ def linear_classifier(x: Tensor, y: Tensor, classes: int) -> tuple[Callable[[Ten
 
 
 def finetune(
-    pretrained: Pretrained, splits: tuple[data.Split, data.Split], statistics: tuple[list[float], list[float]],
+    pretrained: Pretrained, splits: Splits, statistics: Statistics,
     y: list[Tensor], classes: int, epochs: int, rate: float, augment: str, workers: int, batch: int = 64,
 ) -> Tensor:  # fmt: skip
     """Train the image encoder and a linear head on the labelled train images -> probabilities of the test's [m, C].
@@ -502,8 +495,8 @@ def score(
 
 
 def score_all(
-    features: dict[str, tuple[Tensor, Tensor]], splits: tuple[data.Split, data.Split],
-    labels: list[str], protocols: list[str], areas: list[str | None] | None = None,
+    features: dict[str, tuple[Tensor, Tensor]], splits: Splits, labels: list[str], protocols: list[str],
+    areas: list[str | None] | None = None,
 ) -> list[dict]:  # fmt: skip
     """Every named feature pair (train, test) x label x protocol -> results with "features" and "label" added."""
     results = []
@@ -516,7 +509,7 @@ def score_all(
     return results
 
 
-def label_names(splits: tuple[data.Split, data.Split]) -> list[str]:
+def label_names(splits: Splits) -> list[str]:
     """The labels that both splits have, sorted: only those can be scored."""
     names = set(splits[0].labels) & set(splits[1].labels)
     return sorted(n for n in names if all((split.labels[n].codes >= 0).any() for split in splits))
@@ -580,7 +573,7 @@ QUESTIONS = {  # name -> (field, its value -> the answer, None when unknown)
 
 
 def ask(
-    pretrained: Pretrained, splits: tuple[data.Split, data.Split], images: Tensor, most: int = 4096
+    pretrained: Pretrained, splits: Splits, images: Tensor, most: int = 4096
 ) -> tuple[list[dict], dict[str, np.ndarray]]:
     """What test images [m, E] answer on each question: posterior over a gallery that varies one field alone.
 
@@ -631,7 +624,7 @@ def ask(
 
 
 def missing_fields(
-    pretrained: Pretrained, splits: tuple[data.Split, data.Split], features: tuple[dict, dict], labels: list[str]
+    pretrained: Pretrained, splits: Splits, features: tuple[dict, dict], labels: list[str]
 ) -> list[dict]:
     """Accuracy of the probe on image and metadata when test rows lose fields: each with some probability, or one
     field everywhere. Fitted once, on complete training rows."""
@@ -659,9 +652,7 @@ def missing_fields(
     return results
 
 
-def leakage(
-    splits: tuple[data.Split, data.Split], features: tuple[dict, dict], labels: list[str], bins: int = 4
-) -> list[dict]:
+def leakage(splits: Splits, features: tuple[dict, dict], labels: list[str], bins: int = 4) -> list[dict]:
     """The gain of image and metadata over the image (probe), by distance of a test image to the nearest training
     image, in `bins` of equally many; beside it the place alone (kNN). A gain only near the training is leakage."""
     points = [locations(split) for split in splits]
@@ -695,9 +686,7 @@ def leakage(
 # Pictures
 
 
-def picture_neighbours(
-    features: tuple[Tensor, Tensor], splits: tuple[data.Split, data.Split], label: str, path: Path
-) -> None:
+def picture_neighbours(features: tuple[Tensor, Tensor], splits: Splits, label: str, path: Path) -> None:
     """Some labelled test images, each with its nearest training images; a green frame where the label agrees."""
     train, test = splits
     labelled = np.flatnonzero(test.labels[label].codes >= 0).tolist()
@@ -719,9 +708,7 @@ def picture_neighbours(
 
 
 @torch.no_grad()
-def picture_places(
-    pretrained: Pretrained, test: data.Split, statistics: tuple[list[float], list[float]], size: int, path: Path
-) -> None:
+def picture_places(pretrained: Pretrained, test: data.Split, statistics: Statistics, size: int, path: Path) -> None:
     """Where on Earth the model places some test images: each image's embedding is compared with that of its own
     metadata, the location replaced by every place of a grid. A star marks the true place."""
     model, device, step = pretrained.model, pretrained.device, 3  # degrees
@@ -757,7 +744,7 @@ def picture_places(
 
 
 # -----------------------------------------------------------------------------------------------------
-# Results: reading them
+# Results as tables
 
 
 def read_results(paths: list[Path]) -> list[dict]:
@@ -773,10 +760,6 @@ def read_results(paths: list[Path]) -> list[dict]:
             except (ValueError, KeyError, TypeError):
                 raise BadInput(f"{path}, line {number}: not a result of train.py or evaluate.py") from None
     return results
-
-
-# -----------------------------------------------------------------------------------------------------
-# Results as tables
 
 
 def model_name(result: dict) -> str:
@@ -852,10 +835,6 @@ def format_table(results: list[dict], k: int | None = 20, metric: str = "accurac
 
     lines = [[name, *(cell(list(cells.get((name, c), {}).values())) for c in columns)] for name in rows]
     return markdown([[f"{metric} (%)", *columns], *lines])
-
-
-# -----------------------------------------------------------------------------------------------------
-# The paper's tables
 
 
 def costs(results: list[dict], simclr: list[dict]) -> list[str]:
@@ -939,8 +918,8 @@ PLOTS = {  # kind -> (what a bar or point stands over, what has a colour of its 
 def plot(results: list[dict], kind: str, path: Path, k: int = 20, metric: str = "accuracy") -> None:
     """One panel for each dataset, label and protocol; mean and deviation over seeds. "time" has lines over training
     time relative to SimCLR (Fig. 3), the others bars: fields (Table 5), modality (Tables 3, S6), missing fields."""
-    wanted = [r for r in results if "checkpoint" in r and "accuracy" in r and r.get("k", k) == k]
-    wanted = [r for r in wanted if (r["protocol"] == "missing") == (kind == "missing") and r["protocol"] != "ask"]
+    protocols = ("missing",) if kind == "missing" else SCORED
+    wanted = [r for r in results if "checkpoint" in r and r["protocol"] in protocols and r.get("k", k) == k]
     hidden = {"time": lambda r: r["features"] != "image", "fields": lambda r: r["features"] in MODEL_FREE}.get(kind)
     wanted = [r for r in wanted if not (hidden and hidden(r))]
     if not wanted:
@@ -1088,123 +1067,130 @@ def models(args: argparse.Namespace) -> Iterator[tuple[Pretrained, list[Path]]]:
         yield pretrained, args.data or [Path(state["config"]["data"])]
 
 
-def named_features(
-    pretrained: Pretrained, splits: tuple[data.Split, data.Split], statistics, has: list[str], args: argparse.Namespace
-) -> tuple[tuple[dict, dict], dict[str, tuple[Tensor, Tensor]]]:
-    """-> the features (train, test) by modality, and by name those to score: each modality, each baseline."""
-    needed = has[0] if len(has) == 1 and not set(args.protocol) & set(BIMODAL) else "both"
-    named, scored = {}, []
-    for network, suffix in ((pretrained, ""), (untrained(pretrained), ", random weights")):
-        if network is pretrained or "random" in args.baselines:
-            found = tuple(
-                extract(network, split, statistics, needed, pretrained.size, args.workers) for split in splits
-            )
-            scored.append(found)
-            for modality in has:
-                named[modality + suffix] = tuple(join(f) if modality == "both" else f[modality] for f in found)
+class Job(NamedTuple):
+    """One model on one dataset: what the protocols need."""
+
+    pretrained: Pretrained
+    splits: Splits
+    statistics: Statistics
+    labels: list[str]
+    areas: list[str | None] | None  # of the test rows, where their predictions are to be averaged
+    features: tuple[dict, dict]  # of train and test, by modality
+    named: dict[str, tuple[Tensor, Tensor]]  # those to score: each modality, each baseline
+    args: argparse.Namespace
+
+
+def networks(pretrained: Pretrained, args: argparse.Namespace) -> dict[str, Pretrained]:
+    """The model and, if that baseline is asked for, the untrained one, by what is added to the name of its features."""
+    return {"": pretrained} | ({", random weights": untrained(pretrained)} if "random" in args.baselines else {})
+
+
+def prepare(
+    pretrained: Pretrained, folder: Path, args: argparse.Namespace, known: dict[tuple, Statistics]
+) -> Job:  # fmt: skip
+    """Read and extract. known: the channel statistics of datasets at an image size, as far as they have been computed."""
+    about, has = pretrained.about, [m for m in args.modality if m == "image" or pretrained.encoder != "none"]
+    bimodal = not set(args.protocol) <= set(SCORED)
+    if not has or ((bimodal or args.places) and pretrained.encoder == "none"):
+        what = f"{about['method']} has no metadata encoder"
+        raise BadInput(f"{about['checkpoint']}: {what}; use --modality image, --protocol knn or linear")
+    if args.places and "location" not in {field.name for field in pretrained.fields}:
+        raise BadInput(f"--places: {about['checkpoint']} was trained without the field location")
+    splits = data.read_dataset(folder, pretrained.fields, captions=pretrained.encoder == "text")
+    labels, unlabelled = label_names(splits), set(args.protocol) <= {"retrieval", "ask"} and not args.map
+    if args.label not in (None, *labels) or not (labels or unlabelled):
+        train, test = (", ".join(sorted(split.labels)) or "none" for split in splits)
+        what = f"no label {args.label}" if args.label else "no label"
+        raise BadInput(f"{folder}: {what} in both splits; train has: {train}; test has: {test}")
+    at = folder, pretrained.size
+    if pretrained.statistics is None and at not in known:
+        known[at] = data.channel_statistics(splits[0], pretrained.size, args.workers)
+    statistics = pretrained.statistics or known[at]
+    needed, named, features = has[0] if len(has) == 1 and not bimodal else "both", {}, None
+    for suffix, network in networks(pretrained, args).items():
+        found = tuple(extract(network, split, statistics, needed, pretrained.size, args.workers) for split in splits)
+        named |= {m + suffix: tuple(join(f) if m == "both" else f[m] for f in found) for m in has}
+        features = features or found
     if has != ["image"]:
-        if "identity" in args.baselines:
-            named["identity"] = identity(splits, pretrained.fields)
+        named |= {"identity": identity(splits, pretrained.fields)} if "identity" in args.baselines else {}
         points = tuple(map(locations, splits)) if "location" in args.baselines else (None,)
         named |= {"location only": points} if all(p is not None for p in points) else {}
-    return scored[0], {name: tuple(x.to(pretrained.device) for x in pair) for name, pair in named.items()}
+    named = {name: tuple(x.to(pretrained.device) for x in pair) for name, pair in named.items()}
+    areas = column(splits[1], "area") if args.average_areas else None
+    return Job(pretrained, splits, statistics, [args.label] if args.label else labels, areas, features, named, args)
 
 
-PROTOCOLS = ("knn", "linear", "finetune", "retrieval", "ask", "missing", "leakage")
-BIMODAL = ("retrieval", "ask", "missing", "leakage")  # protocols of both encoders, whatever --modality says
-
-
-def score_finetuned(
-    pretrained: Pretrained, splits: tuple[data.Split, data.Split], statistics, labels: list[str],
-    areas: list[str | None] | None, args: argparse.Namespace,
-) -> list[dict]:  # fmt: skip
+def score_finetuned(job: Job) -> list[dict]:
     """The encoder fine-tuned on each label, and if that baseline is asked for, trained on it from scratch."""
-    networks, results = {"image": pretrained}, []
-    networks |= {"image, random weights": untrained(pretrained)} if "random" in args.baselines else {}
+    args, results = job.args, []
     recipe = {"finetune_epochs": args.finetune_epochs, "finetune_lr": args.finetune_lr, "policy": args.augment}
-    for label, (name, network) in itertools.product(labels, networks.items()):
-        classes, y = data.class_ids(label, *splits)
+    for label, (suffix, network) in itertools.product(job.labels, networks(job.pretrained, args).items()):
+        classes, y = data.class_ids(label, *job.splits)
         known, options = y[1] >= 0, (*recipe.values(), args.workers)
-        probabilities = finetune(network, splits, statistics, y, len(classes), *options)[known]
-        places = areas and list(itertools.compress(areas, known.tolist()))
-        scores = judge(probabilities, y[1][known].to(probabilities.device), len(classes), places)
-        results.append({"features": name, "label": label, "protocol": "finetune", **recipe, **scores})
+        probabilities = finetune(network, job.splits, job.statistics, y, len(classes), *options)[known]
+        areas = job.areas and list(itertools.compress(job.areas, known.tolist()))
+        scores = judge(probabilities, y[1][known].to(probabilities.device), len(classes), areas)
+        results.append({"features": "image" + suffix, "label": label, "protocol": "finetune", **recipe, **scores})
     return results
 
 
-def evaluate(args: argparse.Namespace) -> list[dict]:
-    """The command: every model on every dataset; read, extract, score, print, write."""
-    results, statistics, bimodal = [], {}, [p for p in args.protocol if p in BIMODAL]
+def ask_all(job: Job) -> list[dict]:
+    """Every question; what each image answered goes to --posteriors."""
+    results, posteriors = ask(job.pretrained, job.splits, embed(job.pretrained, job.features[1])["image"])
+    if job.args.posteriors:
+        np.savez_compressed(job.args.posteriors, **posteriors)
+    return results
+
+
+PROTOCOLS = {
+    "knn": lambda job: score_all(job.named, job.splits, job.labels, ["knn"], job.areas),
+    "linear": lambda job: score_all(job.named, job.splits, job.labels, ["linear"], job.areas),
+    "finetune": score_finetuned,
+    "retrieval": lambda job: retrieval(embed(job.pretrained, job.features[1])),
+    "ask": ask_all,
+    "missing": lambda job: missing_fields(job.pretrained, job.splits, job.features, job.labels),
+    "leakage": lambda job: leakage(job.splits, job.features, job.labels),
+}
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """The command: every model on every dataset; read, extract, score, write, print."""
     if (args.places or args.posteriors or args.map) and len(args.checkpoint or "1") * len(args.data or "1") > 1:
         raise BadInput("--places, --posteriors, --map: one file each; give one --checkpoint and one --data")
-    unlabelled = set(args.protocol) <= {"retrieval", "ask"} and not args.map
+    results, known = [], {}
     for pretrained, folders in models(args):
-        has = [m for m in args.modality if m == "image" or pretrained.encoder != "none"]
-        if not has or ((bimodal or args.places) and pretrained.encoder == "none"):
-            path, method = pretrained.about["checkpoint"], pretrained.about["method"]
-            raise BadInput(f"{path}: {method} has no metadata encoder; use --modality image, --protocol knn or linear")
-        if args.places and "location" not in {field.name for field in pretrained.fields}:
-            raise BadInput(f"--places: {pretrained.about['checkpoint']} was trained without the field location")
         for folder in folders:
-            splits = data.read_dataset(folder, pretrained.fields, captions=pretrained.encoder == "text")
-            labels = label_names(splits)
-            if args.label not in (None, *labels) or not (labels or unlabelled):
-                train, test = (", ".join(sorted(split.labels)) or "none" for split in splits)
-                what = f"no label {args.label}" if args.label else "no label"
-                raise BadInput(f"{folder}: {what} in both splits; train has: {train}; test has: {test}")
-            labels, at = [args.label] if args.label else labels, (folder, pretrained.size)
-            if pretrained.statistics is None and at not in statistics:
-                statistics[at] = data.channel_statistics(splits[0], pretrained.size, args.workers)
-            channels = pretrained.statistics or statistics[at]
-            features, named = named_features(pretrained, splits, channels, has, args)
-            areas = column(splits[1], "area") if args.average_areas else None
-            found = []
-            for protocol in args.protocol:
-                if protocol in ("knn", "linear"):
-                    found += score_all(named, splits, labels, [protocol], areas)
-                elif protocol == "finetune":
-                    found += score_finetuned(pretrained, splits, channels, labels, areas, args)
-                elif protocol == "retrieval":
-                    found += retrieval(embed(pretrained, features[1]))
-                elif protocol == "ask":
-                    answers, posteriors = ask(pretrained, splits, embed(pretrained, features[1])["image"])
-                    found += answers
-                    if args.posteriors:
-                        np.savez_compressed(args.posteriors, **posteriors)
-                elif protocol == "missing":
-                    found += missing_fields(pretrained, splits, features, labels)
-                elif protocol == "leakage":
-                    found += leakage(splits, features, labels)
+            job = prepare(pretrained, folder, args, known)
+            found = [r for protocol in args.protocol for r in PROTOCOLS[protocol](job)]
             if args.places:
-                picture_places(pretrained, splits[1], channels, pretrained.size, args.places)
+                picture_places(pretrained, job.splits[1], job.statistics, pretrained.size, args.places)
             if args.map:
-                classes, (ids,) = data.class_ids(labels[0], splits[1])
-                picture_map(named[has[0]][1], ids, classes, labels[0], args.map)
+                classes, (ids,) = data.class_ids(job.labels[0], job.splits[1])
+                picture_map(next(iter(job.named.values()))[1], ids, classes, job.labels[0], args.map)
             found = [{**pretrained.about, "data": str(folder), "image_size": pretrained.size, **r} for r in found]
             results += found
             if args.output:  # at once: what is done stays done when a later model fails
                 with open(args.output, "a") as file:
                     file.writelines(json.dumps(r) + "\n" for r in found)
-    for protocol in bimodal:
-        print(format_rows([r for r in results if r["protocol"] == protocol]) + "\n")
-    results = [r for r in results if r["protocol"] not in bimodal]
-    for k in dict.fromkeys(r["k"] for r in results if "k" in r) or [None] * bool(results):
-        for metric in args.metric:
+    print_results(results, list(dict.fromkeys(r["k"] for r in results if "k" in r)) or [None], args)
+
+
+def print_results(results: list[dict], ks: list[int | None], args: argparse.Namespace) -> None:
+    """Tables of the scores, one for each k and metric, then each other protocol's results as they are."""
+    if any(r["protocol"] in SCORED for r in results):
+        for k, metric in itertools.product(ks, args.metric):
             print(format_table(results, k, metric, args.intervals) + "\n")
-    return results
+    for protocol in dict.fromkeys(r["protocol"] for r in results if r["protocol"] not in SCORED):
+        print(format_rows([r for r in results if r["protocol"] == protocol]) + "\n")
 
 
 def print_table(args: argparse.Namespace) -> None:
     """The command: results of several files as one table, or as one of the paper's."""
     results = read_results(args.files)
+    if not args.paper:
+        return print_results(results, [args.k], args)
     for metric in args.metric:
-        if args.paper:
-            print(paper_table(results, args.paper, args.k, metric) + "\n")
-        elif any(r["protocol"] not in BIMODAL for r in results):
-            print(format_table(results, args.k, metric, args.intervals) + "\n")
-    for protocol in () if args.paper else dict.fromkeys(r["protocol"] for r in results):
-        if protocol in BIMODAL:
-            print(format_rows([r for r in results if r["protocol"] == protocol]) + "\n")
+        print(paper_table(results, args.paper, args.k, metric) + "\n")
 
 
 def print_plot(args: argparse.Namespace) -> None:
