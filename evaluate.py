@@ -522,9 +522,8 @@ def label_names(splits: Splits) -> list[str]:
 @torch.no_grad()
 def embed(pretrained: Pretrained, features: dict[str, Tensor]) -> dict[str, Tensor]:
     """CLS features -> unit vectors [n, E] of the joint space (Section 3.1), for the modalities that are there."""
-    model = pretrained.model
-    projections = {"image": "image_projection", "metadata": "metadata_projection"}
-    return {name: F.normalize(getattr(model, projections[name])(x), dim=1) for name, x in features.items()}
+    project = {name: getattr(pretrained.model, f"{name}_projection") for name in features}
+    return {name: F.normalize(project[name](x), dim=1) for name, x in features.items()}
 
 
 def ranks(queries: Tensor, gallery: Tensor, chunk: int | None = None) -> Tensor:
@@ -768,6 +767,10 @@ def model_name(result: dict) -> str:
     return result["method"] + encoder
 
 
+def protocol_name(result: dict) -> str:
+    return f"kNN k={result['k']}" if result["protocol"] == "knn" else result["protocol"]
+
+
 def show(values: list[float], interval: list[float] | None = None) -> str:
     """Percent: mean ± sample standard deviation of several seeds, or one value with its interval."""
     numbers = 100 * torch.tensor(values, dtype=torch.float64)
@@ -821,8 +824,7 @@ def format_table(results: list[dict], k: int | None = 20, metric: str = "accurac
 
     def column(r: dict) -> str:
         parts = [Path(r.get("data", "")).name] * several + [r["label"].removeprefix("label_")]
-        parts += [f"kNN k={k}" if r["protocol"] == "knn" else r["protocol"], "by area"]
-        return " ".join(parts[: len(parts) - (r.get("averaged") != "area")])
+        return " ".join([*parts, protocol_name(r), *(["by area"] if r.get("averaged") == "area" else [])])
 
     cells = {}  # (row, column) -> {seed: result}
     for r in shown:
@@ -840,7 +842,7 @@ def format_table(results: list[dict], k: int | None = 20, metric: str = "accurac
 def costs(results: list[dict], simclr: list[dict]) -> list[str]:
     """Cells: seconds an epoch and GiB, means over runs, then both relative to SimCLR's (Table S8)."""
 
-    def mean(runs: list[dict]) -> torch.Tensor:
+    def mean(runs: list[dict]) -> Tensor:
         known = [(r["seconds"] / r["epochs"], r["memory"] / 2**30) for r in runs if "seconds" in r]
         return torch.tensor(known, dtype=torch.float64).view(-1, 2).mean(0)  # NaN where nothing is known
 
@@ -907,50 +909,46 @@ def blanked(result: dict) -> str:
     return f"no {result['without']}" if "without" in result else f"{result['blanked']:.0%} blank"
 
 
-PLOTS = {  # kind -> (what a bar or point stands over, what has a colour of its own)
-    "time": (lambda r: r["epochs"], model_name),
-    "fields": (lambda r: r["fields"], lambda r: r["features"]),
-    "modality": (model_name, lambda r: r["features"]),
-    "missing": (blanked, model_name),
+PLOTS = {  # kind -> (what a bar or point stands over, what has a colour of its own, what features are shown)
+    "time": (lambda r: r["epochs"], model_name, lambda name: name == "image"),
+    "fields": (lambda r: r["fields"], lambda r: r["features"], lambda name: name not in MODEL_FREE),
+    "modality": (model_name, lambda r: r["features"], lambda name: True),
+    "missing": (blanked, model_name, lambda name: True),
 }
 
 
 def plot(results: list[dict], kind: str, path: Path, k: int = 20, metric: str = "accuracy") -> None:
     """One panel for each dataset, label and protocol; mean and deviation over seeds. "time" has lines over training
     time relative to SimCLR (Fig. 3), the others bars: fields (Table 5), modality (Tables 3, S6), missing fields."""
+    over, colour, kept = PLOTS[kind]
     protocols = ("missing",) if kind == "missing" else SCORED
     wanted = [r for r in results if "checkpoint" in r and r["protocol"] in protocols and r.get("k", k) == k]
-    hidden = {"time": lambda r: r["features"] != "image", "fields": lambda r: r["features"] in MODEL_FREE}.get(kind)
-    wanted = [r for r in wanted if not (hidden and hidden(r))]
+    wanted = [r for r in wanted if kept(r["features"])]
     if not wanted:
         raise BadInput(f"plot {kind}: no result of that kind; evaluate.py score --output writes them")
     from matplotlib.ticker import AutoLocator
 
-    over, colour = PLOTS[kind]
     times = relative_times(wanted) if kind == "time" else {}
-    protocol = lambda r: f"kNN k={k}" if r["protocol"] == "knn" else r["protocol"]  # noqa: E731
-    title = lambda r: f"{Path(r['data']).name}: {r['label'].removeprefix('label_')}, {protocol(r)}"  # noqa: E731
+    title = lambda r: f"{Path(r['data']).name}: {r['label'].removeprefix('label_')}, {protocol_name(r)}"  # noqa: E731
     panels = list(dict.fromkeys(map(title, wanted)))
     figure, axes = data.canvas(1, len(panels), 1.5 + 4 * len(panels), 3.6)
     for axis, panel in zip(axes[0], panels):
         shown = [r for r in wanted if title(r) == panel]
         groups, series = (list(dict.fromkeys(map(f, shown))) for f in (over, colour))
+        groups = sorted(groups) if times else groups
         for number, name in enumerate(series):
-            points = []  # position, mean, deviation
-            for group in sorted(groups) if kind == "time" else groups:
-                found = [r for r in shown if over(r) == group and colour(r) == name]
-                if found:
-                    scores = 100 * torch.tensor([r[metric_of(r, metric)] for r in found], dtype=torch.float64)
-                    place = groups.index(group) + 0.8 * ((number + 0.5) / len(series) - 0.5)
-                    x = sum(times[id(r)] for r in found) / len(found) if times else place
-                    points.append((x, scores.mean().item(), scores.std().item() if len(scores) > 1 else float("nan")))
-            x, mean, deviation = zip(*points)
-            if kind == "time":
+            cells = {group: [r for r in shown if (over(r), colour(r)) == (group, name)] for group in groups}
+            cells = {group: found for group, found in cells.items() if found}
+            scores = [[100 * r[metric_of(r, metric)] for r in found] for found in cells.values()]
+            mean, deviation = zip(*((np.mean(x), np.std(x, ddof=1) if len(x) > 1 else np.nan) for x in scores))
+            if times:
+                x = [np.mean([times[id(r)] for r in found]) for found in cells.values()]
                 axis.errorbar(x, mean, deviation, marker="o", capsize=3, label=name)
             else:
+                x = [groups.index(group) + 0.8 * ((number + 0.5) / len(series) - 0.5) for group in cells]
                 axis.bar(x, mean, 0.75 / len(series), yerr=deviation, capsize=3, label=name)
         axis.yaxis.set_major_locator(AutoLocator())
-        if kind == "time":
+        if times:
             axis.xaxis.set_major_locator(AutoLocator())
             axis.set(xlabel="training time relative to SimCLR's shortest")
         else:
@@ -964,9 +962,7 @@ def plot(results: list[dict], kind: str, path: Path, k: int = 20, metric: str = 
     figure.savefig(path, dpi=150)
 
 
-def picture_map(
-    features: torch.Tensor, ids: torch.Tensor, classes: list[str], label: str, path: Path, most: int = 9
-) -> None:
+def picture_map(features: Tensor, ids: Tensor, classes: list[str], label: str, path: Path, most: int = 9) -> None:
     """Features [n, D] on their first two principal components; ids [n] of their classes, -1 where there is none. The
     commonest classes have a colour."""
     centred = (features.float() - features.float().mean(0)).cpu()
@@ -1085,10 +1081,8 @@ def networks(pretrained: Pretrained, args: argparse.Namespace) -> dict[str, Pret
     return {"": pretrained} | ({", random weights": untrained(pretrained)} if "random" in args.baselines else {})
 
 
-def prepare(
-    pretrained: Pretrained, folder: Path, args: argparse.Namespace, known: dict[tuple, Statistics]
-) -> Job:  # fmt: skip
-    """Read and extract. known: the channel statistics of datasets at an image size, as far as they have been computed."""
+def prepare(pretrained: Pretrained, folder: Path, args: argparse.Namespace, known: dict[tuple, Statistics]) -> Job:
+    """Read and extract. known: channel statistics of (dataset, image size), to which those needed are added."""
     about, has = pretrained.about, [m for m in args.modality if m == "image" or pretrained.encoder != "none"]
     bimodal = not set(args.protocol) <= set(SCORED)
     if not has or ((bimodal or args.places) and pretrained.encoder == "none"):
@@ -1187,10 +1181,10 @@ def print_results(results: list[dict], ks: list[int | None], args: argparse.Name
 def print_table(args: argparse.Namespace) -> None:
     """The command: results of several files as one table, or as one of the paper's."""
     results = read_results(args.files)
-    if not args.paper:
-        return print_results(results, [args.k], args)
-    for metric in args.metric:
+    for metric in args.metric if args.paper else ():
         print(paper_table(results, args.paper, args.k, metric) + "\n")
+    if not args.paper:
+        print_results(results, [args.k], args)
 
 
 def print_plot(args: argparse.Namespace) -> None:
