@@ -274,6 +274,7 @@ def top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row [m, n], sorted, and their columns, as topk finds them; faster where n is large.
 
     Columns are dealt into n / 16 groups. The k largest lie in the k groups of the largest maxima: no others are sorted.
+    Of equal values any may come first.
     """
     m, n = similarity.shape
     groups = n // 16
@@ -337,7 +338,7 @@ def linear_probe(x: Tensor, y: Tensor, classes: int, iterations: int = 200) -> t
     search, at most 200 iterations, fewer once no entry of the gradient exceeds 1e-5). Give it standardised features:
     otherwise 200 iterations are far from the optimum.
     """
-    columns = torch.cat([x.T, x.new_ones(1, len(x))])  # [D + 1, n]: products with long rows are the fastest
+    columns = torch.cat([x.T, x.new_ones(1, len(x))])  # [D + 1, n]: in this layout both products are fastest on a CPU
     weight = x.new_zeros(classes, len(columns), requires_grad=True)  # the bias is the last column
     solver = torch.optim.LBFGS(
         [weight], max_iter=iterations, max_eval=iterations * 5 // 4, history_size=10,
@@ -1151,6 +1152,8 @@ def evaluate(args: argparse.Namespace) -> None:
     """The command: every model on every dataset; read, extract, score, write, print."""
     if (args.places or args.posteriors or args.map) and len(args.checkpoint or "1") * len(args.data or "1") > 1:
         raise BadInput("--places, --posteriors, --map: one file each; give one --checkpoint and one --data")
+    if args.posteriors and "ask" not in args.protocol:
+        raise BadInput("--posteriors: they are those of --protocol ask")
     results, known = [], {}
     for pretrained, folders in models(args):
         for folder in folders:

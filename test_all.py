@@ -3006,6 +3006,7 @@ WRONG_OPTIONS = {
     "evaluate --places x.png": "simclr",
     "evaluate --average-areas": "'a0'",  # whose two images are of different kinds
     "evaluate --places x.png --data a b": "--places",
+    "evaluate --posteriors x.npz": "--posteriors",
     "evaluate --image-size 33": "33",
     "evaluate --data nowhere": "nowhere",
 }
