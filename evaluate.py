@@ -26,7 +26,7 @@ import re
 import sys
 import zipfile
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -36,21 +36,14 @@ from torch import Tensor, nn
 import data
 from metadata import DEFAULT_FIELDS, FIELDS, TIME_PARTS, BadInput, Field, TableSchema, parse_category, parse_fields
 from metadata import parse_numbers, parse_timestamp
-from model import (
-    SOURCES,
-    VITS,
-    ModelConfig,
-    SatMIP,
-    WrongWeights,
-    describe_encoder,
-    load_encoder,
-    parameter_groups,
-    read_encoder,
-)
+from model import SOURCES, VITS, ModelConfig, SatMIP, WrongWeights, describe_encoder, load_encoder, parameter_groups
+from model import read_encoder
 
 KS = (1, 5, 20, 100)  # supplement C
 SETTINGS = ("epochs", "fields", "loss_weight", "augment", "decouple_views", "vit", "init")  # ablated in the paper
 PAPER_TABLES = Path(__file__).with_name("pictures") / "paper_tables.csv"  # the numbers that the paper printed
+Splits = tuple[data.Split, data.Split]  # train and test
+Statistics = tuple[list[float], list[float]]  # mean and standard deviation of each channel
 TEMPERATURE = 0.07  # NOTE[PAPER] "following standard practice": the value of all three works it cites
 
 # -----------------------------------------------------------------------------------------------------
@@ -175,8 +168,8 @@ def half_precision() -> torch.dtype:
 
 @torch.no_grad()
 def image_features(
-    pretrained: Pretrained, split: data.Split, statistics: tuple[list[float], list[float]],
-    size: int, workers: int, batch: int = 512, start: int = 0,
+    pretrained: Pretrained, split: data.Split, statistics: Statistics, size: int, workers: int, batch: int = 512,
+    start: int = 0,
 ) -> Iterator[Tensor]:  # fmt: skip
     """CLS features [B, D] of the images from row `start` on, batch by batch."""
     device = pretrained.device
@@ -199,8 +192,8 @@ def metadata_features(pretrained: Pretrained, table: data.Table, batch: int = 51
 
 
 def extract(
-    pretrained: Pretrained, split: data.Split, statistics: tuple[list[float], list[float]], modality: str,
-    size: int, workers: int, batch: int = 512,
+    pretrained: Pretrained, split: data.Split, statistics: Statistics, modality: str, size: int, workers: int,
+    batch: int = 512,
 ) -> dict[str, Tensor]:  # fmt: skip
     """CLS features of all rows in order, those that `modality` needs: {"image": [n, D], "metadata": [n, D_metadata]}"""
     pretrained.model.eval()
@@ -221,7 +214,7 @@ def join(features: dict[str, Tensor]) -> Tensor:
     return torch.cat([features["image"], features["metadata"]], dim=1)
 
 
-def identity(splits: tuple[data.Split, data.Split], fields: tuple[Field, ...]) -> tuple[Tensor, Tensor]:
+def identity(splits: Splits, fields: tuple[Field, ...]) -> tuple[Tensor, Tensor]:
     """The baseline "Identity" of metadata alone: the table features of (train, test) as they are, [n, F].
 
     NOTE[PAPER] "standardised raw fields" leaves open what is missing and what is a category: a missing number is the
@@ -278,25 +271,54 @@ def great_circle(a: Tensor, b: Tensor) -> Tensor:
 # Weighted k nearest neighbours (supplement C; Wu et al., 2018)
 
 
+def top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row [m, n], sorted, and their columns, as topk finds them; faster where n is large.
+
+    Columns are dealt into n / 16 groups. The k largest lie in the k groups of the largest maxima: no others are sorted.
+    Of equal values any may come first.
+    """
+    m, n = similarity.shape
+    groups = n // 16
+    if groups < k:
+        return similarity.topk(k, dim=1)
+    numbers = torch.arange(n, device=similarity.device)
+    dealt, rest = numbers[: 16 * groups].view(16, groups), numbers[16 * groups :].expand(m, -1)
+    leading = similarity[:, : 16 * groups].view(m, 16, groups).amax(1).topk(k, dim=1).indices
+    index = torch.cat([dealt.T[leading].flatten(1), rest], dim=1)  # [m, 16 k and the rest]
+    values, order = similarity.gather(1, index).topk(k, dim=1)
+    return values, index.gather(1, order)
+
+
 @torch.no_grad()
 def knn(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, classes: int, ks: tuple[int, ...] = KS,
-    temperature: float = TEMPERATURE, chunk: int | None = None,
+    temperature: float = TEMPERATURE, chunk: int | None = None, half: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Shares of the votes [len(ks), m, C] for queries [m, D] from a bank [n, D] with labels [n] in 0 .. C - 1.
 
     A neighbour of cosine s votes for its class with weight exp(s / temperature). One pass in chunks of queries (by
-    default of 2^26 similarities, 256 MiB) serves every k: the votes of the first k neighbours are among those of the
-    first max(ks). ValueError when a k exceeds n.
+    default of at most 2^26 similarities, 256 MiB) serves every k: the votes of the first k neighbours are among those
+    of the first max(ks). ValueError when a k exceeds n.
+
+    half (by default on a GPU): fp16 finds twice as many neighbours, float32 chooses among them and weighs them. fp16
+    alone would shift a cosine by up to 5e-4 and tie many.
     """
     if max(ks) > len(bank):
         raise ValueError(f"k = {max(ks)} neighbours asked of a bank of {len(bank)} samples")
     bank = F.normalize(bank.float(), dim=1)
+    rough = bank.half() if (bank.is_cuda if half is None else half) else bank
     shares = torch.empty(len(ks), len(queries), classes, device=bank.device)
-    chunk = chunk or max(1, 2**26 // len(bank))
+    chunk = chunk or min(512, max(1, 2**26 // len(bank)))
+    buffer = rough.new_empty(min(chunk, len(queries)), len(bank))  # once: fresh memory costs a CPU a third more
     for start in range(0, len(queries), chunk):
         part = F.normalize(queries[start : start + chunk].float(), dim=1)
-        similarity, index = (part @ bank.T).topk(max(ks), dim=1)  # [chunk, max k], sorted
+        similarity = torch.mm(part.to(rough.dtype), rough.T, out=buffer[: len(part)])
+        if rough is bank:
+            similarity, index = top(similarity, max(ks))  # [chunk, max k], sorted
+        else:
+            index = top(similarity, min(2 * max(ks), len(bank)))[1]
+            similarity, order = (bank[index] @ part[:, :, None])[:, :, 0].topk(max(ks), dim=1)
+            index = index.gather(1, order)
         weight, label = (similarity / temperature).exp(), bank_labels[index]
         votes, done = torch.zeros(len(part), classes, device=bank.device), 0
         for k in sorted(ks):
@@ -317,7 +339,7 @@ def linear_probe(x: Tensor, y: Tensor, classes: int, iterations: int = 200) -> t
     search, at most 200 iterations, fewer once no entry of the gradient exceeds 1e-5). Give it standardised features:
     otherwise 200 iterations are far from the optimum.
     """
-    columns = torch.cat([x.T, x.new_ones(1, len(x))])  # [D + 1, n]: products with long rows are the fastest
+    columns = torch.cat([x.T, x.new_ones(1, len(x))])  # [D + 1, n]: in this layout both products are fastest on a CPU
     weight = x.new_zeros(classes, len(columns), requires_grad=True)  # the bias is the last column
     solver = torch.optim.LBFGS(
         [weight], max_iter=iterations, max_eval=iterations * 5 // 4, history_size=10,
@@ -348,7 +370,7 @@ def linear_classifier(x: Tensor, y: Tensor, classes: int) -> tuple[Callable[[Ten
 
 
 def finetune(
-    pretrained: Pretrained, splits: tuple[data.Split, data.Split], statistics: tuple[list[float], list[float]],
+    pretrained: Pretrained, splits: Splits, statistics: Statistics,
     y: list[Tensor], classes: int, epochs: int, rate: float, augment: str, workers: int, batch: int = 64,
 ) -> Tensor:  # fmt: skip
     """Train the image encoder and a linear head on the labelled train images -> probabilities of the test's [m, C].
@@ -476,8 +498,8 @@ def score(
 
 
 def score_all(
-    features: dict[str, tuple[Tensor, Tensor]], splits: tuple[data.Split, data.Split],
-    labels: list[str], protocols: list[str], areas: list[str | None] | None = None,
+    features: dict[str, tuple[Tensor, Tensor]], splits: Splits, labels: list[str], protocols: list[str],
+    areas: list[str | None] | None = None,
 ) -> list[dict]:  # fmt: skip
     """Every named feature pair (train, test) x label x protocol -> results with "features" and "label" added."""
     results = []
@@ -490,7 +512,7 @@ def score_all(
     return results
 
 
-def label_names(splits: tuple[data.Split, data.Split]) -> list[str]:
+def label_names(splits: Splits) -> list[str]:
     """The labels that both splits have, sorted: only those can be scored."""
     names = set(splits[0].labels) & set(splits[1].labels)
     return sorted(n for n in names if all((split.labels[n].codes >= 0).any() for split in splits))
@@ -503,9 +525,8 @@ def label_names(splits: tuple[data.Split, data.Split]) -> list[str]:
 @torch.no_grad()
 def embed(pretrained: Pretrained, features: dict[str, Tensor]) -> dict[str, Tensor]:
     """CLS features -> unit vectors [n, E] of the joint space (Section 3.1), for the modalities that are there."""
-    model = pretrained.model
-    projections = {"image": "image_projection", "metadata": "metadata_projection"}
-    return {name: F.normalize(getattr(model, projections[name])(x), dim=1) for name, x in features.items()}
+    project = {name: getattr(pretrained.model, f"{name}_projection") for name in features}
+    return {name: F.normalize(project[name](x), dim=1) for name, x in features.items()}
 
 
 def ranks(queries: Tensor, gallery: Tensor, chunk: int | None = None) -> Tensor:
@@ -553,44 +574,51 @@ QUESTIONS = {  # name -> (field, its value -> the answer, None when unknown)
 }
 
 
-def ask(pretrained: Pretrained, splits: tuple[data.Split, data.Split], images: Tensor, most: int = 4096) -> list[dict]:
+def ask(
+    pretrained: Pretrained, splits: Splits, images: Tensor, most: int = 4096
+) -> tuple[list[dict], dict[str, np.ndarray]]:
     """What test images [m, E] answer on each question: posterior over a gallery that varies one field alone.
 
     The gallery is the field's values of `most` training rows, all else missing; similarities times the model's scale
     give, by softmax, the posterior of each row, and the rows of one answer add up. So the prior is that of training.
-    A place is the gallery's likeliest, and its error the great-circle distance.
+    The likeliest answer is scored; a place by its great-circle distance. -> results, and of each question as arrays
+    the file names "<question>.ids" [a], the answers ".classes" [C] ([C, 2] for places) and ".probabilities" [a, C].
     """
-    results = []
+    results, posteriors = [], {}
     for name, (field, answer) in QUESTIONS.items():
         if field not in {f.name for f in pretrained.fields}:
             continue
         values, truths = (column(split, field) for split in splits)
         values = [value for value in values if answer(value) is not None]
         values = values[:: max(1, -(-len(values) // most))]
-        asked = [i for i, value in enumerate(truths) if answer(value) is not None]
-        if not values or not asked:
+        truths = {i: answer(value) for i, value in enumerate(truths) if answer(value) is not None}
+        if not values or not truths:
             continue
         table = data.tabulate(({field: v} for v in values), pretrained.fields, pretrained.encoder == "text")
         gallery = embed(pretrained, {"metadata": torch.cat(list(metadata_features(pretrained, table)))})["metadata"]
-        scale = pretrained.model.logit_scale.detach().exp()
-        posterior = torch.cat([(scale * part @ gallery.T).softmax(1) for part in images[asked].split(1024)])
-        answers, result = [answer(value) for value in values], {"features": "image", "label": name, "protocol": "ask"}
+        scale, answers = pretrained.model.logit_scale.detach().exp(), list(map(answer, values))
+        classes = sorted(set(answers))
+        number = {a: i for i, a in enumerate(classes)}
+        codes = torch.tensor([number[a] for a in answers], device=gallery.device)
+        sums = torch.zeros(len(truths), len(classes), device=gallery.device)
+        for part, x in zip(sums.split(1024), images[list(truths)].split(1024)):
+            part.index_add_(1, codes, (scale * x @ gallery.T).softmax(1))
+        guessed, result = [classes[i] for i in sums.argmax(1).tolist()], {}
         if name == "place":
-            guessed = [answers[i] for i in posterior.argmax(1).tolist()]
-            chance = [answers[i] for i in data.hashed(0, np.arange(len(asked))) % len(answers)]  # any training place
-            truth = unit_sphere(np.array([answer(truths[i]) for i in asked]))
-            for key, places in (("median_km", guessed), ("chance_km", chance)):
-                result[key] = great_circle(unit_sphere(np.array(places)), truth).median().item()
+            drawn = [answers[i] for i in data.hashed(0, np.arange(len(truths))) % len(answers)]  # any training place
+            true, *places = (unit_sphere(np.array(p)) for p in (list(truths.values()), guessed, drawn))
+            for key, place in zip(("median_km", "chance_km"), places):
+                result[key] = great_circle(place, true).median().item()
         else:
-            classes = sorted(set(answers))
-            codes = torch.tensor([classes.index(a) for a in answers], device=posterior.device)
-            sums = torch.zeros(len(asked), len(classes), device=posterior.device).index_add_(1, codes, posterior)
-            right = [classes[i] == answer(truths[j]) for i, j in zip(sums.argmax(1).tolist(), asked)]
-            common = classes[int(torch.bincount(codes).argmax())]
-            result |= {"accuracy": float(np.mean(right)), "classes": len(classes)}
-            result["chance"] = float(np.mean([common == answer(truths[i]) for i in asked]))  # the commonest answer
-        results.append(result | {"test": len(asked)})
-    return results
+            common = [classes[int(torch.bincount(codes).argmax())]] * len(truths)  # the commonest answer
+            for key, said in (("accuracy", guessed), ("chance", common)):
+                result[key] = float(np.mean([a == b for a, b in zip(said, truths.values())]))
+            result["classes"] = len(classes)
+        results.append({"features": "image", "label": name, "protocol": "ask", **result, "test": len(truths)})
+        arrays = ([splits[1].names[i] for i in truths], classes, sums.cpu().numpy())
+        for key, array in zip(("ids", "classes", "probabilities"), arrays):
+            posteriors[f"{name}.{key}"] = np.array(array)
+    return results, posteriors
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -598,7 +626,7 @@ def ask(pretrained: Pretrained, splits: tuple[data.Split, data.Split], images: T
 
 
 def missing_fields(
-    pretrained: Pretrained, splits: tuple[data.Split, data.Split], features: tuple[dict, dict], labels: list[str]
+    pretrained: Pretrained, splits: Splits, features: tuple[dict, dict], labels: list[str]
 ) -> list[dict]:
     """Accuracy of the probe on image and metadata when test rows lose fields: each with some probability, or one
     field everywhere. Fitted once, on complete training rows."""
@@ -626,9 +654,7 @@ def missing_fields(
     return results
 
 
-def leakage(
-    splits: tuple[data.Split, data.Split], features: tuple[dict, dict], labels: list[str], bins: int = 4
-) -> list[dict]:
+def leakage(splits: Splits, features: tuple[dict, dict], labels: list[str], bins: int = 4) -> list[dict]:
     """The gain of image and metadata over the image (probe), by distance of a test image to the nearest training
     image, in `bins` of equally many; beside it the place alone (kNN). A gain only near the training is leakage."""
     points = [locations(split) for split in splits]
@@ -662,9 +688,7 @@ def leakage(
 # Pictures
 
 
-def picture_neighbours(
-    features: tuple[Tensor, Tensor], splits: tuple[data.Split, data.Split], label: str, path: Path
-) -> None:
+def picture_neighbours(features: tuple[Tensor, Tensor], splits: Splits, label: str, path: Path) -> None:
     """Some labelled test images, each with its nearest training images; a green frame where the label agrees."""
     train, test = splits
     labelled = np.flatnonzero(test.labels[label].codes >= 0).tolist()
@@ -686,9 +710,7 @@ def picture_neighbours(
 
 
 @torch.no_grad()
-def picture_places(
-    pretrained: Pretrained, test: data.Split, statistics: tuple[list[float], list[float]], size: int, path: Path
-) -> None:
+def picture_places(pretrained: Pretrained, test: data.Split, statistics: Statistics, size: int, path: Path) -> None:
     """Where on Earth the model places some test images: each image's embedding is compared with that of its own
     metadata, the location replaced by every place of a grid. A star marks the true place."""
     model, device, step = pretrained.model, pretrained.device, 3  # degrees
@@ -725,7 +747,7 @@ def picture_places(
 
 
 # -----------------------------------------------------------------------------------------------------
-# Results: reading them
+# Results as tables
 
 
 def read_results(paths: list[Path]) -> list[dict]:
@@ -743,14 +765,14 @@ def read_results(paths: list[Path]) -> list[dict]:
     return results
 
 
-# -----------------------------------------------------------------------------------------------------
-# Results as tables
-
-
 def model_name(result: dict) -> str:
     """ "satmips (table)", "simclr", ..."""
     encoder = f" ({result['metadata_encoder']})" if result["metadata_encoder"] != "none" else ""
     return result["method"] + encoder
+
+
+def protocol_name(result: dict) -> str:
+    return f"kNN k={result['k']}" if result["protocol"] == "knn" else result["protocol"]
 
 
 def show(values: list[float], interval: list[float] | None = None) -> str:
@@ -806,8 +828,7 @@ def format_table(results: list[dict], k: int | None = 20, metric: str = "accurac
 
     def column(r: dict) -> str:
         parts = [Path(r.get("data", "")).name] * several + [r["label"].removeprefix("label_")]
-        parts += [f"kNN k={k}" if r["protocol"] == "knn" else r["protocol"], "by area"]
-        return " ".join(parts[: len(parts) - (r.get("averaged") != "area")])
+        return " ".join([*parts, protocol_name(r), *(["by area"] if r.get("averaged") == "area" else [])])
 
     cells = {}  # (row, column) -> {seed: result}
     for r in shown:
@@ -822,14 +843,10 @@ def format_table(results: list[dict], k: int | None = 20, metric: str = "accurac
     return markdown([[f"{metric} (%)", *columns], *lines])
 
 
-# -----------------------------------------------------------------------------------------------------
-# The paper's tables
-
-
 def costs(results: list[dict], simclr: list[dict]) -> list[str]:
     """Cells: seconds an epoch and GiB, means over runs, then both relative to SimCLR's (Table S8)."""
 
-    def mean(runs: list[dict]) -> torch.Tensor:
+    def mean(runs: list[dict]) -> Tensor:
         known = [(r["seconds"] / r["epochs"], r["memory"] / 2**30) for r in runs if "seconds" in r]
         return torch.tensor(known, dtype=torch.float64).view(-1, 2).mean(0)  # NaN where nothing is known
 
@@ -896,50 +913,46 @@ def blanked(result: dict) -> str:
     return f"no {result['without']}" if "without" in result else f"{result['blanked']:.0%} blank"
 
 
-PLOTS = {  # kind -> (what a bar or point stands over, what has a colour of its own)
-    "time": (lambda r: r["epochs"], model_name),
-    "fields": (lambda r: r["fields"], lambda r: r["features"]),
-    "modality": (model_name, lambda r: r["features"]),
-    "missing": (blanked, model_name),
+PLOTS = {  # kind -> (what a bar or point stands over, what has a colour of its own, what features are shown)
+    "time": (lambda r: r["epochs"], model_name, lambda name: name == "image"),
+    "fields": (lambda r: r["fields"], lambda r: r["features"], lambda name: name not in MODEL_FREE),
+    "modality": (model_name, lambda r: r["features"], lambda name: True),
+    "missing": (blanked, model_name, lambda name: True),
 }
 
 
 def plot(results: list[dict], kind: str, path: Path, k: int = 20, metric: str = "accuracy") -> None:
     """One panel for each dataset, label and protocol; mean and deviation over seeds. "time" has lines over training
     time relative to SimCLR (Fig. 3), the others bars: fields (Table 5), modality (Tables 3, S6), missing fields."""
-    wanted = [r for r in results if "checkpoint" in r and "accuracy" in r and r.get("k", k) == k]
-    wanted = [r for r in wanted if (r["protocol"] == "missing") == (kind == "missing") and r["protocol"] != "ask"]
-    hidden = {"time": lambda r: r["features"] != "image", "fields": lambda r: r["features"] in MODEL_FREE}.get(kind)
-    wanted = [r for r in wanted if not (hidden and hidden(r))]
+    over, colour, kept = PLOTS[kind]
+    protocols = ("missing",) if kind == "missing" else SCORED
+    wanted = [r for r in results if "checkpoint" in r and r["protocol"] in protocols and r.get("k", k) == k]
+    wanted = [r for r in wanted if kept(r["features"])]
     if not wanted:
         raise BadInput(f"plot {kind}: no result of that kind; evaluate.py score --output writes them")
     from matplotlib.ticker import AutoLocator
 
-    over, colour = PLOTS[kind]
     times = relative_times(wanted) if kind == "time" else {}
-    protocol = lambda r: f"kNN k={k}" if r["protocol"] == "knn" else r["protocol"]  # noqa: E731
-    title = lambda r: f"{Path(r['data']).name}: {r['label'].removeprefix('label_')}, {protocol(r)}"  # noqa: E731
+    title = lambda r: f"{Path(r['data']).name}: {r['label'].removeprefix('label_')}, {protocol_name(r)}"  # noqa: E731
     panels = list(dict.fromkeys(map(title, wanted)))
     figure, axes = data.canvas(1, len(panels), 1.5 + 4 * len(panels), 3.6)
     for axis, panel in zip(axes[0], panels):
         shown = [r for r in wanted if title(r) == panel]
         groups, series = (list(dict.fromkeys(map(f, shown))) for f in (over, colour))
+        groups = sorted(groups) if times else groups
         for number, name in enumerate(series):
-            points = []  # position, mean, deviation
-            for group in sorted(groups) if kind == "time" else groups:
-                found = [r for r in shown if over(r) == group and colour(r) == name]
-                if found:
-                    scores = 100 * torch.tensor([r[metric_of(r, metric)] for r in found], dtype=torch.float64)
-                    place = groups.index(group) + 0.8 * ((number + 0.5) / len(series) - 0.5)
-                    x = sum(times[id(r)] for r in found) / len(found) if times else place
-                    points.append((x, scores.mean().item(), scores.std().item() if len(scores) > 1 else float("nan")))
-            x, mean, deviation = zip(*points)
-            if kind == "time":
+            cells = {group: [r for r in shown if (over(r), colour(r)) == (group, name)] for group in groups}
+            cells = {group: found for group, found in cells.items() if found}
+            scores = [[100 * r[metric_of(r, metric)] for r in found] for found in cells.values()]
+            mean, deviation = zip(*((np.mean(x), np.std(x, ddof=1) if len(x) > 1 else np.nan) for x in scores))
+            if times:
+                x = [np.mean([times[id(r)] for r in found]) for found in cells.values()]
                 axis.errorbar(x, mean, deviation, marker="o", capsize=3, label=name)
             else:
+                x = [groups.index(group) + 0.8 * ((number + 0.5) / len(series) - 0.5) for group in cells]
                 axis.bar(x, mean, 0.75 / len(series), yerr=deviation, capsize=3, label=name)
         axis.yaxis.set_major_locator(AutoLocator())
-        if kind == "time":
+        if times:
             axis.xaxis.set_major_locator(AutoLocator())
             axis.set(xlabel="training time relative to SimCLR's shortest")
         else:
@@ -953,9 +966,7 @@ def plot(results: list[dict], kind: str, path: Path, k: int = 20, metric: str = 
     figure.savefig(path, dpi=150)
 
 
-def picture_map(
-    features: torch.Tensor, ids: torch.Tensor, classes: list[str], label: str, path: Path, most: int = 9
-) -> None:
+def picture_map(features: Tensor, ids: Tensor, classes: list[str], label: str, path: Path, most: int = 9) -> None:
     """Features [n, D] on their first two principal components; ids [n] of their classes, -1 where there is none. The
     commonest classes have a colour."""
     centred = (features.float() - features.float().mean(0)).cpu()
@@ -1056,118 +1067,130 @@ def models(args: argparse.Namespace) -> Iterator[tuple[Pretrained, list[Path]]]:
         yield pretrained, args.data or [Path(state["config"]["data"])]
 
 
-def named_features(
-    pretrained: Pretrained, splits: tuple[data.Split, data.Split], statistics, has: list[str], args: argparse.Namespace
-) -> tuple[tuple[dict, dict], dict[str, tuple[Tensor, Tensor]]]:
-    """-> the features (train, test) by modality, and by name those to score: each modality, each baseline."""
-    needed = has[0] if len(has) == 1 and not set(args.protocol) & set(BIMODAL) else "both"
-    named, scored = {}, []
-    for network, suffix in ((pretrained, ""), (untrained(pretrained), ", random weights")):
-        if network is pretrained or "random" in args.baselines:
-            found = tuple(
-                extract(network, split, statistics, needed, pretrained.size, args.workers) for split in splits
-            )
-            scored.append(found)
-            for modality in has:
-                named[modality + suffix] = tuple(join(f) if modality == "both" else f[modality] for f in found)
+class Job(NamedTuple):
+    """One model on one dataset: what the protocols need."""
+
+    pretrained: Pretrained
+    splits: Splits
+    statistics: Statistics
+    labels: list[str]
+    areas: list[str | None] | None  # of the test rows, where their predictions are to be averaged
+    features: tuple[dict, dict]  # of train and test, by modality
+    named: dict[str, tuple[Tensor, Tensor]]  # those to score: each modality, each baseline
+    args: argparse.Namespace
+
+
+def networks(pretrained: Pretrained, args: argparse.Namespace) -> dict[str, Pretrained]:
+    """The model and, if that baseline is asked for, the untrained one, by what is added to the name of its features."""
+    return {"": pretrained} | ({", random weights": untrained(pretrained)} if "random" in args.baselines else {})
+
+
+def prepare(pretrained: Pretrained, folder: Path, args: argparse.Namespace, known: dict[tuple, Statistics]) -> Job:
+    """Read and extract. known: channel statistics of (dataset, image size), to which those needed are added."""
+    about, has = pretrained.about, [m for m in args.modality if m == "image" or pretrained.encoder != "none"]
+    bimodal = not set(args.protocol) <= set(SCORED)
+    if not has or ((bimodal or args.places) and pretrained.encoder == "none"):
+        what = f"{about['method']} has no metadata encoder"
+        raise BadInput(f"{about['checkpoint']}: {what}; use --modality image, --protocol knn or linear")
+    if args.places and "location" not in {field.name for field in pretrained.fields}:
+        raise BadInput(f"--places: {about['checkpoint']} was trained without the field location")
+    splits = data.read_dataset(folder, pretrained.fields, captions=pretrained.encoder == "text")
+    labels, unlabelled = label_names(splits), set(args.protocol) <= {"retrieval", "ask"} and not args.map
+    if args.label not in (None, *labels) or not (labels or unlabelled):
+        train, test = (", ".join(sorted(split.labels)) or "none" for split in splits)
+        what = f"no label {args.label}" if args.label else "no label"
+        raise BadInput(f"{folder}: {what} in both splits; train has: {train}; test has: {test}")
+    at = folder, pretrained.size
+    if pretrained.statistics is None and at not in known:
+        known[at] = data.channel_statistics(splits[0], pretrained.size, args.workers)
+    statistics = pretrained.statistics or known[at]
+    needed, named, features = has[0] if len(has) == 1 and not bimodal else "both", {}, None
+    for suffix, network in networks(pretrained, args).items():
+        found = tuple(extract(network, split, statistics, needed, pretrained.size, args.workers) for split in splits)
+        named |= {m + suffix: tuple(join(f) if m == "both" else f[m] for f in found) for m in has}
+        features = features or found
     if has != ["image"]:
-        if "identity" in args.baselines:
-            named["identity"] = identity(splits, pretrained.fields)
+        named |= {"identity": identity(splits, pretrained.fields)} if "identity" in args.baselines else {}
         points = tuple(map(locations, splits)) if "location" in args.baselines else (None,)
         named |= {"location only": points} if all(p is not None for p in points) else {}
-    return scored[0], {name: tuple(x.to(pretrained.device) for x in pair) for name, pair in named.items()}
+    named = {name: tuple(x.to(pretrained.device) for x in pair) for name, pair in named.items()}
+    areas = column(splits[1], "area") if args.average_areas else None
+    return Job(pretrained, splits, statistics, [args.label] if args.label else labels, areas, features, named, args)
 
 
-PROTOCOLS = ("knn", "linear", "finetune", "retrieval", "ask", "missing", "leakage")
-BIMODAL = ("retrieval", "ask", "missing", "leakage")  # protocols of both encoders, whatever --modality says
-
-
-def score_finetuned(
-    pretrained: Pretrained, splits: tuple[data.Split, data.Split], statistics, labels: list[str],
-    areas: list[str | None] | None, args: argparse.Namespace,
-) -> list[dict]:  # fmt: skip
+def score_finetuned(job: Job) -> list[dict]:
     """The encoder fine-tuned on each label, and if that baseline is asked for, trained on it from scratch."""
-    networks, results = {"image": pretrained}, []
-    networks |= {"image, random weights": untrained(pretrained)} if "random" in args.baselines else {}
+    args, results = job.args, []
     recipe = {"finetune_epochs": args.finetune_epochs, "finetune_lr": args.finetune_lr, "policy": args.augment}
-    for label, (name, network) in itertools.product(labels, networks.items()):
-        classes, y = data.class_ids(label, *splits)
+    for label, (suffix, network) in itertools.product(job.labels, networks(job.pretrained, args).items()):
+        classes, y = data.class_ids(label, *job.splits)
         known, options = y[1] >= 0, (*recipe.values(), args.workers)
-        probabilities = finetune(network, splits, statistics, y, len(classes), *options)[known]
-        places = areas and list(itertools.compress(areas, known.tolist()))
-        scores = judge(probabilities, y[1][known].to(probabilities.device), len(classes), places)
-        results.append({"features": name, "label": label, "protocol": "finetune", **recipe, **scores})
+        probabilities = finetune(network, job.splits, job.statistics, y, len(classes), *options)[known]
+        areas = job.areas and list(itertools.compress(job.areas, known.tolist()))
+        scores = judge(probabilities, y[1][known].to(probabilities.device), len(classes), areas)
+        results.append({"features": "image" + suffix, "label": label, "protocol": "finetune", **recipe, **scores})
     return results
 
 
-def evaluate(args: argparse.Namespace) -> list[dict]:
-    """The command: every model on every dataset; read, extract, score, print, write."""
-    results, statistics, bimodal = [], {}, [p for p in args.protocol if p in BIMODAL]
-    unlabelled = set(args.protocol) <= {"retrieval", "ask"} and not args.map
+def ask_all(job: Job) -> list[dict]:
+    """Every question; what each image answered goes to --posteriors."""
+    results, posteriors = ask(job.pretrained, job.splits, embed(job.pretrained, job.features[1])["image"])
+    if job.args.posteriors:
+        np.savez_compressed(job.args.posteriors, **posteriors)
+    return results
+
+
+PROTOCOLS = {
+    "knn": lambda job: score_all(job.named, job.splits, job.labels, ["knn"], job.areas),
+    "linear": lambda job: score_all(job.named, job.splits, job.labels, ["linear"], job.areas),
+    "finetune": score_finetuned,
+    "retrieval": lambda job: retrieval(embed(job.pretrained, job.features[1])),
+    "ask": ask_all,
+    "missing": lambda job: missing_fields(job.pretrained, job.splits, job.features, job.labels),
+    "leakage": lambda job: leakage(job.splits, job.features, job.labels),
+}
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """The command: every model on every dataset; read, extract, score, write, print."""
+    if (args.places or args.posteriors or args.map) and len(args.checkpoint or "1") * len(args.data or "1") > 1:
+        raise BadInput("--places, --posteriors, --map: one file each; give one --checkpoint and one --data")
+    if args.posteriors and "ask" not in args.protocol:
+        raise BadInput("--posteriors: they are those of --protocol ask")
+    results, known = [], {}
     for pretrained, folders in models(args):
-        has = [m for m in args.modality if m == "image" or pretrained.encoder != "none"]
-        if not has or ((bimodal or args.places) and pretrained.encoder == "none"):
-            path, method = pretrained.about["checkpoint"], pretrained.about["method"]
-            raise BadInput(f"{path}: {method} has no metadata encoder; use --modality image, --protocol knn or linear")
-        if args.places and "location" not in {field.name for field in pretrained.fields}:
-            raise BadInput(f"--places: {pretrained.about['checkpoint']} was trained without the field location")
         for folder in folders:
-            splits = data.read_dataset(folder, pretrained.fields, captions=pretrained.encoder == "text")
-            labels = label_names(splits)
-            if args.label not in (None, *labels) or not (labels or unlabelled):
-                train, test = (", ".join(sorted(split.labels)) or "none" for split in splits)
-                what = f"no label {args.label}" if args.label else "no label"
-                raise BadInput(f"{folder}: {what} in both splits; train has: {train}; test has: {test}")
-            labels, at = [args.label] if args.label else labels, (folder, pretrained.size)
-            if pretrained.statistics is None and at not in statistics:
-                statistics[at] = data.channel_statistics(splits[0], pretrained.size, args.workers)
-            channels = pretrained.statistics or statistics[at]
-            features, named = named_features(pretrained, splits, channels, has, args)
-            areas = column(splits[1], "area") if args.average_areas else None
-            found = []
-            for protocol in args.protocol:
-                if protocol in ("knn", "linear"):
-                    found += score_all(named, splits, labels, [protocol], areas)
-                elif protocol == "finetune":
-                    found += score_finetuned(pretrained, splits, channels, labels, areas, args)
-                elif protocol == "retrieval":
-                    found += retrieval(embed(pretrained, features[1]))
-                elif protocol == "ask":
-                    found += ask(pretrained, splits, embed(pretrained, {"image": features[1]["image"]})["image"])
-                elif protocol == "missing":
-                    found += missing_fields(pretrained, splits, features, labels)
-                elif protocol == "leakage":
-                    found += leakage(splits, features, labels)
+            job = prepare(pretrained, folder, args, known)
+            found = [r for protocol in args.protocol for r in PROTOCOLS[protocol](job)]
             if args.places:
-                picture_places(pretrained, splits[1], channels, pretrained.size, args.places)
+                picture_places(pretrained, job.splits[1], job.statistics, pretrained.size, args.places)
             if args.map:
-                classes, (ids,) = data.class_ids(labels[0], splits[1])
-                picture_map(named[has[0]][1], ids, classes, labels[0], args.map)
+                classes, (ids,) = data.class_ids(job.labels[0], job.splits[1])
+                picture_map(next(iter(job.named.values()))[1], ids, classes, job.labels[0], args.map)
             found = [{**pretrained.about, "data": str(folder), "image_size": pretrained.size, **r} for r in found]
             results += found
             if args.output:  # at once: what is done stays done when a later model fails
                 with open(args.output, "a") as file:
                     file.writelines(json.dumps(r) + "\n" for r in found)
-    for protocol in bimodal:
-        print(format_rows([r for r in results if r["protocol"] == protocol]) + "\n")
-    results = [r for r in results if r["protocol"] not in bimodal]
-    for k in dict.fromkeys(r["k"] for r in results if "k" in r) or [None] * bool(results):
-        for metric in args.metric:
+    print_results(results, list(dict.fromkeys(r["k"] for r in results if "k" in r)) or [None], args)
+
+
+def print_results(results: list[dict], ks: list[int | None], args: argparse.Namespace) -> None:
+    """Tables of the scores, one for each k and metric, then each other protocol's results as they are."""
+    if any(r["protocol"] in SCORED for r in results):
+        for k, metric in itertools.product(ks, args.metric):
             print(format_table(results, k, metric, args.intervals) + "\n")
-    return results
+    for protocol in dict.fromkeys(r["protocol"] for r in results if r["protocol"] not in SCORED):
+        print(format_rows([r for r in results if r["protocol"] == protocol]) + "\n")
 
 
 def print_table(args: argparse.Namespace) -> None:
     """The command: results of several files as one table, or as one of the paper's."""
     results = read_results(args.files)
-    for metric in args.metric:
-        if args.paper:
-            print(paper_table(results, args.paper, args.k, metric) + "\n")
-        elif any(r["protocol"] not in BIMODAL for r in results):
-            print(format_table(results, args.k, metric, args.intervals) + "\n")
-    for protocol in () if args.paper else dict.fromkeys(r["protocol"] for r in results):
-        if protocol in BIMODAL:
-            print(format_rows([r for r in results if r["protocol"] == protocol]) + "\n")
+    for metric in args.metric if args.paper else ():
+        print(paper_table(results, args.paper, args.k, metric) + "\n")
+    if not args.paper:
+        print_results(results, [args.k], args)
 
 
 def print_plot(args: argparse.Namespace) -> None:
@@ -1218,6 +1241,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     c.add_argument("--average-areas", action="store_true", help="average probabilities over the images of an area")
     c.add_argument("--image-size", type=positive, help="px; default: as in training (224 for --weights)")
     c.add_argument("--places", type=Path, metavar="FILE", help="draw where on Earth the model places test images")
+    c.add_argument("--posteriors", type=Path, metavar="FILE.npz", help="of --protocol ask: ids, classes, probabilities")
     c.add_argument("--map", type=Path, metavar="FILE", help="draw the test features' two principal components")
     c.add_argument("--output", type=Path, metavar="FILE", help="append one JSON line per result to this file")
     e = command("export", export, "the image encoder by timm's names, and features of a dataset; resumes when stopped")

@@ -276,6 +276,7 @@ SOURCES = {
 }
 # heads and decoders, which no feature passes through
 DROPPED = re.compile(r"head|pre_logits|decoder|mask_token|fpn|fcn_|proj_up|up_block")
+OPENAI = "OpenAI's CLIP, whose ViT has a norm before its blocks (ln_pre) and QuickGELU; ours has neither: not supported"
 
 
 def read_encoder(path: Path, name: str, heads: int | None = None) -> tuple[dict[str, Tensor], int, str]:
@@ -292,11 +293,15 @@ def read_encoder(path: Path, name: str, heads: int | None = None) -> tuple[dict[
     except pickle.UnpicklingError:
         raise WrongWeights(f"{path}: not a file of weights (or one that holds code, which is never run)") from None
     except Exception as error:  # zip and pickle each raise their own for a torn or foreign file
+        if "TorchScript" in str(error):
+            raise WrongWeights(f"{path}: TorchScript, not weights; perhaps {OPENAI}") from None
         raise WrongWeights(f"{path}: cannot be read as weights ({type(error).__name__})") from None
     source, whole = SOURCES[name], whole if isinstance(whole, dict) else {}
     content = next((whole[key] for key in source.containers if isinstance(whole.get(key), dict)), whole)
     prefix = next((prefix for prefix in source.prefixes if f"{prefix}cls_token" in content), None)
     if prefix is None:
+        if any(str(key).endswith("visual.class_embedding") for key in content):
+            raise WrongWeights(f"{path}: {OPENAI}")
         keys = ", ".join(list(map(str, content))[:3]) or "nothing"
         raise WrongWeights(f"{path}: not {name} weights: no {source.prefixes[0]}cls_token; it holds {keys}, ...")
     tensors = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}

@@ -34,6 +34,7 @@ import sys
 import tarfile
 import threading
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -624,6 +625,7 @@ def test_weights_of_others(name, tmp_path):
         assert worst(larger.pos_embed, theirs.positions(4, 4)) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of TorchScript
 def test_wrong_weights_of_others(tmp_path):
     """Heads, a missing or misshapen tensor, another architecture, another source, code: each refused by name."""
     vit, path = randomise(model.ViT(32, 16, *model.VITS["vit_micro"])), tmp_path / "x.pt"
@@ -646,6 +648,15 @@ def test_wrong_weights_of_others(tmp_path):
         model.load_encoder(vit, path, "mae", heads=4)
     with pytest.raises(model.WrongWeights, match="not slip weights: no module.visual.cls_token; it holds model"):
         model.load_encoder(vit, path, "slip", heads=4)
+    openai = {"visual.class_embedding": torch.ones(8), "visual.conv1.weight": torch.ones(8, 3, 4, 4)}
+    torch.save(openai | {"visual.ln_pre.weight": torch.ones(8)}, path)
+    refused = r"x.pt: [^\n]*OpenAI's CLIP, .* \(ln_pre\) and QuickGELU; .* not supported$"
+    with pytest.raises(model.WrongWeights, match=refused):
+        model.load_encoder(vit, path, "clip")
+    with zipfile.ZipFile(path, "a") as archive:  # makes it TorchScript, as OpenAI distributes it
+        archive.writestr("x/constants.pkl", b"")
+    with pytest.raises(model.WrongWeights, match=refused):
+        model.load_encoder(vit, path, "clip")
     torch.save({"model": Malice(tmp_path / "marker")}, path)
     with pytest.raises(model.WrongWeights, match="holds code"):
         model.load_encoder(vit, path, "mae")
@@ -2108,6 +2119,24 @@ def test_knn_equals_a_loop(queries, classes, chunk):
         evaluate.knn(*tensors, classes, (1, 151))
 
 
+@pytest.mark.parametrize("n, k", [(1000, 5), (1007, 62), (1007, 63), (15, 15)])
+def test_largest_of_many(n, k):
+    """top: topk's own values and columns, whether n falls into 16 equal groups or not, sorted or dealt unluckily."""
+    torch.manual_seed(0)
+    shuffled, falling = torch.randn(5, n), torch.arange(n, 0.0, -1).expand(2, n)
+    for x in (shuffled, falling, falling.flip(1), falling.half()):
+        assert all(map(torch.equal, evaluate.top(x, k), x.topk(k)))
+
+
+def test_knn_in_half_precision():
+    """fp16 finds candidates, float32 weighs them: shares within 1e-5, where fp16's own cosines would be off by 0.02."""
+    torch.manual_seed(0)
+    centres, labels = torch.randn(8, 24), torch.arange(3000) % 8
+    bank, asked = centres[labels] + torch.randn(3000, 24), centres.repeat(5, 1) + torch.randn(40, 24)
+    exact, half = (evaluate.knn(bank, labels, asked, 8, (1, 20), half=h) for h in (False, True))
+    assert torch.equal(exact.argmax(2), half.argmax(2)) and worst(exact, half) < 1e-5
+
+
 def test_linear_probe_reaches_the_optimum():
     """On data that no plane separates the gradient vanishes and the loss is that of Newton's method in float64."""
     torch.manual_seed(0)
@@ -3306,7 +3335,7 @@ def test_protocols_of_both_encoders(run, dataset, name, tmp_path, capsys):
     """Retrieval, questions, missing fields, leakage: what they find is what a slow hand finds."""
     argv = ["--checkpoint", str(run(name) / "checkpoint.pt"), "--workers", "0"]
     argv += ["--output", str(tmp_path / "out.jsonl"), "--places", str(tmp_path / "places.png")]
-    argv += ["--map", str(tmp_path / "map.png")]
+    argv += ["--map", str(tmp_path / "map.png"), "--posteriors", str(tmp_path / "ask.npz")]
     evaluate.main([*argv, "--protocol", "retrieval", "ask", "missing", "leakage", "linear", "--modality", "both"])
     results = {p: [r for r in json_lines(tmp_path / "out.jsonl") if r["protocol"] == p] for p in evaluate.PROTOCOLS}
     assert all(min(Image.open(picture).size) > 100 for picture in tmp_path.glob("*.png"))
@@ -3323,13 +3352,18 @@ def test_protocols_of_both_encoders(run, dataset, name, tmp_path, capsys):
     table = data.tabulate(({"timestamp": v} for v in months), pretrained.fields, True)
     gallery = pretrained.model.metadata_encoder(*pretrained.metadata(table).batch(torch.arange(len(months))))
     gallery = F.normalize(pretrained.model.metadata_projection(gallery), dim=1)
-    right = []
+    right, stored = [], np.load(tmp_path / "ask.npz")
     for i in range(16):
         truth, sums = parse_timestamp(splits[1].record(i).get("timestamp")), np.zeros(13)
         image = F.normalize(pretrained.model.image_projection(features["image"][i]), dim=0)
         for value, p in zip(months, (gallery @ image * pretrained.model.logit_scale.exp()).softmax(0).tolist()):
             sums[int(parse_timestamp(value)[1])] += p
         right += [sums.argmax() == truth[1]] if truth else []
+        if truth:  # of each image: the posterior that was written
+            assert stored["month.ids"][len(right) - 1] == splits[1].names[i]
+            assert worst(stored["month.probabilities"][len(right) - 1], sums[stored["month.classes"]]) < 1e-5
+    places = [stored[f"place.{key}"] for key in ("ids", "classes", "probabilities")]
+    assert places[1].shape[1] == 2 and places[2].shape == (len(places[0]), len(places[1]))
     month = next(r for r in results["ask"] if r["label"] == "month")
     assert abs(month["accuracy"] - np.mean(right)) < 1e-9 and month["test"] == len(right)
 
@@ -3416,6 +3450,8 @@ WRONG_OPTIONS = {
     "evaluate --protocol ask": "simclr",
     "evaluate --places x.png": "simclr",
     "evaluate --average-areas": "'a0'",  # whose two images are of different kinds
+    "evaluate --places x.png --data a b": "--places",
+    "evaluate --posteriors x.npz": "--posteriors",
     "evaluate --image-size 33": "33",
     "evaluate --data nowhere": "nowhere",
 }
