@@ -41,6 +41,9 @@ from model import read_encoder
 
 KS = (1, 5, 20, 100)  # supplement C
 SETTINGS = ("epochs", "fields", "loss_weight", "augment", "decouple_views", "vit", "init")  # ablated in the paper
+# Options of train.py that do not make another model, or have a place of their own in results
+UNSAID = (*SETTINGS, "method", "seed", "metadata_encoder", "data", "output", "workers", "eval_every", "log_every",
+          "save_every", "keep", "max_bad", "checkpoint_blocks", "compile", "benchmark", "benchmark_rounds")  # fmt: skip
 PAPER_TABLES = Path(__file__).with_name("pictures") / "paper_tables.csv"  # the numbers that the paper printed
 Splits = tuple[data.Split, data.Split]  # train and test
 Statistics = tuple[list[float], list[float]]  # mean and standard deviation of each channel
@@ -111,6 +114,7 @@ def load_pretrained(path: Path, device: torch.device) -> tuple[Pretrained, dict]
     pretrained.about = {
         "checkpoint": str(path), "step": state["step"], "method": config["method"], "seed": config["seed"],
         "metadata_encoder": pretrained.encoder, **{name: config[name] for name in SETTINGS if name in config},
+        "settings": {name: value for name, value in config.items() if name not in UNSAID},
     }  # fmt: skip
     if log.is_file():  # of the run: what it cost
         with contextlib.suppress(ValueError):  # a torn line ends what it says
@@ -807,7 +811,7 @@ def metric_of(result: dict, metric: str) -> str:
 
 
 SCORED = ("knn", "linear", "finetune")  # protocols with one score a label: those that tables have cells for
-MODEL_FREE = ("location only", "identity", "colour histograms")  # features that no model has made
+MODEL_FREE = ("location only", "identity", "colour histograms", "untrained, image")  # features that no training made
 
 
 def format_table(results: list[dict], k: int | None = 20, metric: str = "accuracy", interval: bool = False) -> str:
@@ -819,12 +823,19 @@ def format_table(results: list[dict], k: int | None = 20, metric: str = "accurac
     """
     shown = [r for r in results if r["protocol"] in SCORED and r.get("k", k) == k]
     varying = [s for s in SETTINGS if len({str(r[s]) for r in shown if s in r}) > 1]
+    others = {}  # settings of each model by name: of those that the paper does not vary, what differs among its runs
+    for r in shown:
+        for name, value in r.get("settings", {}).items():
+            others.setdefault(name, {}).setdefault(model_name(r), set()).add(str(value))
+    unusual = [name for name, models in others.items() if any(len(values) > 1 for values in models.values())]
     several = len({r.get("data") for r in shown}) > 1
 
     def row(r: dict) -> str:
         if "checkpoint" not in r or r["features"] in MODEL_FREE:
             return r["features"]
-        return ", ".join([model_name(r), *(f"{s}={r[s]}" for s in varying if s in r), r["features"]])
+        said = {name: r[name] for name in varying if name in r}
+        said |= {name: value for name, value in r.get("settings", {}).items() if name in unusual}
+        return ", ".join([model_name(r), *(f"{name}={value}" for name, value in said.items()), r["features"]])
 
     def column(r: dict) -> str:
         parts = [Path(r.get("data", "")).name] * several + [r["label"].removeprefix("label_")]
@@ -832,7 +843,11 @@ def format_table(results: list[dict], k: int | None = 20, metric: str = "accurac
 
     cells = {}  # (row, column) -> {seed: result}
     for r in shown:
-        cells.setdefault((row(r), column(r)), {})[r.get("seed")] = r
+        seeds, run = cells.setdefault((row(r), column(r)), {}), r.get("checkpoint")
+        other = seeds.setdefault(r.get("seed"), r).get("checkpoint")
+        if other != run and r["features"] not in MODEL_FREE:
+            raise BadInput(f"{other} and {run} are both seed {r.get('seed')} of {row(r)}; score them into two files")
+        seeds[r.get("seed")] = r
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
 
     def cell(found: list[dict]) -> str:
@@ -1047,6 +1062,37 @@ def export(args: argparse.Namespace) -> None:
 
 
 # -----------------------------------------------------------------------------------------------------
+# What train.py says at its end
+
+
+def report(path: Path, splits: Splits, workers: int, device: torch.device) -> str:
+    """Score all features of a checkpoint, beside colour histograms and the network as its training started, by kNN and
+    probe; leave results.jsonl and two pictures beside it -> a table."""
+    trained, state = load_pretrained(path, device)
+    statistics, size, both = (state["channel_mean"], state["channel_std"]), trained.size, trained.encoder != "none"
+    take = lambda network, modality: [  # noqa: E731
+        extract(network, split, statistics, modality, size, workers) for split in splits
+    ]
+    before, after = take(untrained(trained), "image"), take(trained, "both" if both else "image")
+    features = {
+        "colour histograms": [histograms(split, size, workers) for split in splits],
+        "untrained, image": [f["image"] for f in before], "image": [f["image"] for f in after],
+    }  # fmt: skip
+    if both:
+        features |= {"metadata": [f["metadata"] for f in after], "both": [join(f) for f in after]}
+        features["location only"] = [locations(split) for split in splits]
+    features = {name: pair for name, pair in features.items() if pair[0] is not None and pair[1] is not None}
+    features, labels = {name: tuple(x.to(device) for x in pair) for name, pair in features.items()}, label_names(splits)
+    results = [{**trained.about, **r} for r in score_all(features, splits, labels, ["knn", "linear"])]
+    with open(path.with_name("results.jsonl"), "w") as file:
+        file.writelines(json.dumps(r) + "\n" for r in results)
+    picture_neighbours(features["image"], splits, labels[0], path.with_name("neighbours.png"))
+    if both and any(field.name == "location" for field in trained.fields):
+        picture_places(trained, splits[1], statistics, size, path.with_name("places.png"))
+    return format_table(results)
+
+
+# -----------------------------------------------------------------------------------------------------
 # The commands
 
 
@@ -1060,7 +1106,7 @@ def models(args: argparse.Namespace) -> Iterator[tuple[Pretrained, list[Path]]]:
         yield load_foreign(args.weights, args.source, args.heads, args.position_scale, size, device), args.data
     for path in args.checkpoint or ():
         pretrained, state = load_pretrained(path, device)
-        patch = pretrained.model.config.patch_size
+        patch = 1 if pretrained.model.config.vit == "resnet50" else pretrained.model.config.patch_size
         pretrained.size = args.image_size or pretrained.size
         if pretrained.size % patch:
             raise BadInput(f"--image-size {pretrained.size}: not a multiple of the patch size {patch}")

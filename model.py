@@ -580,7 +580,7 @@ class SatMIP(nn.Module):
 
     @torch.no_grad()
     def follow(self, momentum: float, skipped: Tensor) -> None:
-        """MoCo, after a step that was not skipped: the key encoder and its head come a little nearer to the queries'."""
+        """MoCo, after a step that was not skipped: the key encoder and its head come nearer to the queries'."""
         for key, query in ((self.key_encoder, self.image_encoder), (self.key_mlp, self.image_mlp)):
             for p, q in zip(key.parameters(), query.parameters()):
                 p.lerp_(q, (1 - momentum) * (~skipped).to(p.dtype))

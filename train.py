@@ -11,7 +11,6 @@ with --data the defaults are the paper's. Exit status: 0 done; 1 an error, said 
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import hashlib
 import json
@@ -806,38 +805,6 @@ class Watch:
 
 
 # -----------------------------------------------------------------------------------------------------
-# What is said of a run at its end
-
-
-def report(trained: evaluate.Pretrained, untrained: evaluate.Pretrained, splits, statistics, config: Config) -> str:
-    """Score colour histograms, the untrained network and the trained one alike, draw the two pictures -> a table."""
-    run, size, workers, device = Path(config.output), config.image_size, config.workers, trained.device
-    modality = "image" if trained.encoder == "none" else "both"
-    before = [evaluate.extract(untrained, split, statistics, "image", size, workers) for split in splits]
-    after = [evaluate.extract(trained, split, statistics, modality, size, workers) for split in splits]
-    name = config.method if trained.encoder == "none" else f"{config.method} ({trained.encoder})"
-    features = {
-        "colour histograms": [evaluate.histograms(split, size, workers) for split in splits],
-        "untrained, image": [f["image"] for f in before],
-        f"{name}, image": [f["image"] for f in after],
-    }
-    if modality == "both":
-        features[f"{name}, metadata"] = [f["metadata"] for f in after]
-        features[f"{name}, both"] = [evaluate.join(f) for f in after]
-        features["location only"] = [evaluate.locations(split) for split in splits]
-    features = {key: pair for key, pair in features.items() if pair[0] is not None and pair[1] is not None}
-    features = {key: tuple(x.to(device) for x in pair) for key, pair in features.items()}
-    labels = evaluate.label_names(splits)
-    results = evaluate.score_all(features, splits, labels, ["knn", "linear"])
-    with open(run / "results.jsonl", "w") as file:
-        file.writelines(json.dumps({"method": config.method, "seed": config.seed, **r}) + "\n" for r in results)
-    evaluate.picture_neighbours(features[f"{name}, image"], splits, labels[0], run / "neighbours.png")
-    if any(field.name == "location" for field in trained.fields) and modality == "both":
-        evaluate.picture_places(trained, splits[1], statistics, size, run / "places.png")
-    return evaluate.format_table(results)
-
-
-# -----------------------------------------------------------------------------------------------------
 # Cost report: each part of a step, and each method beside SimCLR as in the paper's Tables 6 and S8 (--benchmark)
 
 COMPARED = [("simclr", "text"), ("satmip", "text"), ("satmip", "table"), ("satmips", "text"), ("satmips", "table")]
@@ -1074,7 +1041,6 @@ def train(config: Config, preset: str) -> None:
     material = TrainingData(config, world)
     config, fields, splits, per_epoch = material.config, material.fields, material.splits, material.per_epoch
     model = build_model(material)
-    untrained = copy.deepcopy(model)
     if config.init:  # NOTE[PAPER] channel statistics stay the dataset's (supplement A), whatever the weights had seen
         world.print(load_encoder(model.image_encoder, Path(config.init), config.init_source))
         if config.image_image == "moco":
@@ -1208,8 +1174,7 @@ def train(config: Config, preset: str) -> None:
 
     # --- report ---
     if labels:
-        before = evaluate.Pretrained(untrained.to(device), fields, material.schema, device)
-        table = world.first(lambda: report(trained, before, splits, material.statistics, config))
+        table = world.first(lambda: evaluate.report(path, splits, config.workers, device))
         world.print(f"\n{table}\n\nin {path.parent}: " + ", ".join(sorted(file.name for file in path.parent.iterdir())))
     world.part()
 
