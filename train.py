@@ -4,8 +4,9 @@
     torchrun --nproc_per_node=4 train.py --method satmips --data DIR  # the paper's settings, 4 GPUs
 
 In this order: options and presets -> processes -> learning rate -> files of a run -> one step -> its figures ->
-what goes wrong -> report -> main. Without --data the embedded data are prepared and the demo preset is the default;
-with --data the defaults are the paper's. Exit status: 0 done; 1 an error, said in one line; 75 told to stop, saved.
+what goes wrong -> report -> cost report -> main. Without --data the embedded data are prepared and the demo preset
+is the default; with --data the defaults are the paper's. Exit status: 0 done; 1 an error, said in one line; 75 told
+to stop, saved.
 """
 
 import argparse
@@ -23,6 +24,8 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -707,9 +710,8 @@ class Costed:
 def peak_memory(config: Config) -> int:
     """The most bytes that a process holds in training; on a CPU, beyond what it held before it had a model."""
     before, device = resident_memory(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    costed, size = Costed(config, World(0, 1, device)), config.image_size
-    for _ in range(2):
-        costed.step(torch.zeros(config.batch_size, size, size, 3, dtype=torch.uint8), torch.arange(config.batch_size))
+    costed, size, n = Costed(config, World(0, 1, device)), config.image_size, config.batch_size
+    costed.step(torch.zeros(n, size, size, 3, dtype=torch.uint8), torch.arange(n))  # AdamW has its moments already
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_memory() - before
 
 
@@ -730,7 +732,9 @@ def cost_report(config: Config) -> None:
     whatever else the machine does meets all of them alike. Communication is what a step gains without the all-reduce
     of its gradients (DistributedDataParallel.no_sync): the part of it that the backward does not hide.
     """
-    world, n = World.join(), len(COMPARED)
+    world = World.join()
+    compared = COMPARED + [(config.method, config.metadata_encoder)] * (config.method not in dict(COMPARED))
+    n, two = len(compared), {name for name, m in METHODS.items() if m.metadata_image and m.image_image}
     with tempfile.TemporaryDirectory() as folder:
         if not config.data:
             write_synthetic(Path(folder), config.image_size, max(256, config.batch_size))
@@ -738,17 +742,21 @@ def cost_report(config: Config) -> None:
         configs = [
             dataclasses.replace(
                 config, data=config.data or folder, method=method, metadata_encoder=encoder,
-                metadata_width=width[encoder], decouple_views=config.decouple_views and method == "satmips",
+                metadata_width=width[encoder], decouple_views=config.decouple_views and method in two,
             )
-            for method, encoder in COMPARED
+            for method, encoder in compared
         ]  # fmt: skip
 
         def memories() -> list[int]:
             """What a process has held never falls, so each method has a process of its own, with one's share."""
             shares = [dataclasses.replace(c, batch_size=c.batch_size // world.size, workers=0) for c in configs]
             multiprocessing.set_forkserver_preload(["train"])  # imports once, not once a process
-            with multiprocessing.get_context("forkserver").Pool(1, maxtasksperchild=1) as pool:
-                return pool.map(peak_memory, shares, chunksize=1)
+            context = multiprocessing.get_context("forkserver")
+            with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+                try:
+                    return list(pool.map(peak_memory, shares))
+                except BrokenProcessPool:
+                    raise BadInput(f"--batch-size {config.batch_size}: killed, perhaps for want of memory") from None
 
         memory = world.first(memories)
         costed = [Costed(c, world) for c in configs]
@@ -777,17 +785,17 @@ def cost_report(config: Config) -> None:
         "processes": world.size, "threads": torch.get_num_threads(), "precision": str(dtype),
         "peak GFLOP/s": peak / 1e9, "decoded images/s a worker": 1 / decode,
     }  # fmt: skip
-    entries = []
+    entries, base = [], costed[0].milliseconds()["step"][::every][1:]
     for c, method, held in zip(configs, costed, memory):
         spans = method.milliseconds()
         synced, alone = ({k: v[i::every][1:] for k, v in spans.items()} for i in (0, every - 1))
         times = {name: float(np.median(values)) for name, values in synced.items()}
         times["communication"] = float(np.median(synced["step"] - alone["step"]))
         times["wait"] = float(np.mean(method.waits[1:]))  # it comes in bursts
-        base = costed[0].milliseconds()["step"][::every][1:]
+        name = f"{c.method} ({c.metadata_encoder})" if METHODS[c.method].metadata_image else c.method
         speed = method.flops * local / times["step"] * 1e3
         entries.append({
-            "method": c.method if c.method == "simclr" else f"{c.method} ({c.metadata_encoder})", "ms": times,
+            "method": name, "ms": times,
             "samples/s": config.batch_size / (times["step"] + times["wait"]) * 1e3,
             "GFLOP a sample": method.flops / 1e9, "GFLOP/s a process": speed / 1e9, "of peak": speed / peak,
             "GiB": held / 2**30, "time": float(np.median(synced["step"] / base)), "memory": held / memory[0],
