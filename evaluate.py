@@ -43,7 +43,8 @@ KS = (1, 5, 20, 100)  # supplement C
 SETTINGS = ("epochs", "fields", "loss_weight", "augment", "decouple_views", "vit", "init")  # ablated in the paper
 # Options of train.py that do not make another model, or have a place of their own in results
 UNSAID = (*SETTINGS, "method", "seed", "metadata_encoder", "data", "output", "workers", "eval_every", "log_every",
-          "save_every", "keep", "max_bad", "checkpoint_blocks", "compile", "benchmark", "benchmark_rounds")  # fmt: skip
+          "save_every", "keep", "max_bad", "micro_batch", "checkpoint_blocks", "compile", "benchmark",
+          "benchmark_rounds")  # fmt: skip
 PAPER_TABLES = Path(__file__).with_name("pictures") / "paper_tables.csv"  # the numbers that the paper printed
 Splits = tuple[data.Split, data.Split]  # train and test
 Statistics = tuple[list[float], list[float]]  # mean and standard deviation of each channel

@@ -5,8 +5,9 @@
     torchrun --nproc_per_node=4 train.py --method satmips --data DIR  # the paper's settings, 4 GPUs
 
 In this order: options and presets -> processes -> learning rate -> files of a run -> one step -> its figures ->
-what goes wrong -> report -> main. Without --data the embedded data are prepared and the demo preset is the default;
-with --data the defaults are the paper's. Exit status: 0 done; 1 an error, said in one line; 75 told to stop, saved.
+what goes wrong -> report -> cost report -> main. Without --data the embedded data are prepared and the demo preset
+is the default; with --data the defaults are the paper's. Exit status: 0 done; 1 an error, said in one line; 75 told
+to stop, saved.
 """
 
 import argparse
@@ -23,6 +24,8 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -323,7 +326,7 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
 
 # Options that a resumed run may change
 FREE = {"data", "output", "workers", "eval_every", "log_every", "save_every", "keep", "max_bad"}
-FREE |= {"checkpoint_blocks", "compile", "benchmark", "benchmark_rounds"}
+FREE |= {"micro_batch", "checkpoint_blocks", "compile", "benchmark", "benchmark_rounds"}
 
 
 def write_whole(path: Path, write, previous: Path | None = None) -> None:
@@ -901,10 +904,8 @@ class Costed:
 def peak_memory(config: Config) -> int:
     """The most bytes that a process holds in training; on a CPU, beyond what it held before it had a model."""
     before, device = resident_memory(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    costed, size = Costed(config, World(0, 1, device)), config.image_size
-    for _ in range(2):
-        images = torch.zeros(config.batch_size, size, size, 3, dtype=torch.uint8)
-        costed.step(data.Loaded(images, torch.arange(config.batch_size), ()))
+    costed, size, n = Costed(config, World(0, 1, device)), config.image_size, config.batch_size
+    costed.step(data.Loaded(torch.zeros(n, size, size, 3, dtype=torch.uint8), torch.arange(n), ()))  # has its moments
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_memory() - before
 
 
@@ -925,25 +926,32 @@ def cost_report(config: Config) -> None:
     whatever else the machine does meets all of them alike. Communication is what a step gains without the all-reduce
     of its gradients (DistributedDataParallel.no_sync): the part of it that the backward does not hide.
     """
-    world, n = World.join(), len(COMPARED)
+    world = World.join()
+    compared = COMPARED + [(config.method, config.metadata_encoder)] * (config.method not in dict(COMPARED))
+    n = len(compared)
     with tempfile.TemporaryDirectory() as folder:
         if not config.data:
             write_synthetic(Path(folder), config.image_size, max(256, config.batch_size))
         width = {"text": TEXT_WIDTH, "table": TABLE_WIDTH, config.metadata_encoder: config.metadata_width}
         parts = {"metadata_image": False, "image_image": "none", "geo": False, "temporal": False}
         configs = []
-        for method, encoder in COMPARED:
+        for method, encoder in compared:
             changed = {name: value for name, value in METHODS[method].items() if name in parts}
             changed |= {"method": method, "metadata_encoder": encoder, "metadata_width": width[encoder]}
-            changed |= {"decouple_views": config.decouple_views and method == "satmips", "data": config.data or folder}
+            both = {"metadata_image", "image_image"} <= changed.keys()
+            changed |= {"decouple_views": config.decouple_views and both, "data": config.data or folder}
             configs.append(dataclasses.replace(config, **(parts | changed)))
 
         def memories() -> list[int]:
             """What a process has held never falls, so each method has a process of its own, with one's share."""
             shares = [dataclasses.replace(c, batch_size=c.batch_size // world.size, workers=0) for c in configs]
             multiprocessing.set_forkserver_preload(["train"])  # imports once, not once a process
-            with multiprocessing.get_context("forkserver").Pool(1, maxtasksperchild=1) as pool:
-                return pool.map(peak_memory, shares, chunksize=1)
+            context = multiprocessing.get_context("forkserver")
+            with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+                try:
+                    return list(pool.map(peak_memory, shares))
+                except BrokenProcessPool:
+                    raise BadInput(f"--batch-size {config.batch_size}: killed, perhaps for want of memory") from None
 
         memory = world.first(memories)
         costed = [Costed(c, world) for c in configs]
@@ -972,21 +980,21 @@ def cost_report(config: Config) -> None:
         "processes": world.size, "threads": torch.get_num_threads(), "precision": str(dtype),
         "peak GFLOP/s": peak / 1e9, "decoded images/s a worker": 1 / decode,
     }  # fmt: skip
-    entries = []
+    entries, base = [], costed[0].milliseconds()["step"][::every][1:]
     for c, method, held in zip(configs, costed, memory):
         spans = method.milliseconds()
         synced, alone = ({k: v[i::every][1:] for k, v in spans.items()} for i in (0, every - 1))
         times = {name: float(np.median(values)) for name, values in synced.items()}
         times["communication"] = float(np.median(synced["step"] - alone["step"]))
         times["wait"] = float(np.mean(method.waits[1:]))  # it comes in bursts
-        base = costed[0].milliseconds()["step"][::every][1:]
+        name = f"{c.method} ({c.metadata_encoder})" if c.metadata_image else c.method
         speed = method.flops * local / times["step"] * 1e3
         entries.append({
-            "method": c.method if c.method == "simclr" else f"{c.method} ({c.metadata_encoder})", "ms": times,
+            "method": name, "ms": times,
             "samples/s": config.batch_size / (times["step"] + times["wait"]) * 1e3,
             "GFLOP a sample": method.flops / 1e9, "GFLOP/s a process": speed / 1e9, "of peak": speed / peak,
             "GiB": held / 2**30, "time": float(np.median(synced["step"] / base)), "memory": held / memory[0],
-            "machine": machine, "config": asdict(c),
+            "machine": machine, "config": asdict(method.setup.config),
         })  # fmt: skip
 
     def table(title: str, rows: list[dict]) -> str:
