@@ -994,7 +994,7 @@ def cost_report(config: Config) -> None:
             "samples/s": config.batch_size / (times["step"] + times["wait"]) * 1e3,
             "GFLOP a sample": method.flops / 1e9, "GFLOP/s a process": speed / 1e9, "of peak": speed / peak,
             "GiB": held / 2**30, "time": float(np.median(synced["step"] / base)), "memory": held / memory[0],
-            "machine": machine, "config": asdict(method.setup.config),
+            "machine": machine, "config": asdict(method.material.config),
         })  # fmt: skip
 
     def table(title: str, rows: list[dict]) -> str:
