@@ -25,6 +25,7 @@ import pickle
 import re
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -755,8 +756,8 @@ def picture_places(pretrained: Pretrained, test: data.Split, statistics: Statist
 # Results as tables
 
 
-def read_results(paths: list[Path]) -> list[dict]:
-    """The lines of results files. BadInput names a file that is not there or a line that is no result."""
+def read_results(paths: list[Path], keys: tuple[str, ...] = ("features", "label", "protocol")) -> list[dict]:
+    """The lines of results files. BadInput names a file that is not there or a line that lacks one of the keys."""
     results = []
     for path in paths:
         if not path.is_file():
@@ -764,7 +765,7 @@ def read_results(paths: list[Path]) -> list[dict]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             try:
                 results.append(json.loads(line))
-                results[-1]["features"], results[-1]["label"], results[-1]["protocol"]
+                [results[-1][key] for key in keys]
             except (ValueError, KeyError, TypeError):
                 raise BadInput(f"{path}, line {number}: not a result of train.py or evaluate.py") from None
     return results
@@ -980,6 +981,38 @@ def plot(results: list[dict], kind: str, path: Path, k: int = 20, metric: str = 
     axes[0, 0].set_ylabel(f"{metric} (%)")
     axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def plot_cost(reports: list[dict], path: Path) -> None:
+    """Milliseconds a step of cost reports (train.py --benchmark), over each option that varies in them while the others
+    have their commonest value."""
+    settings = [
+        {"batch": r["config"]["batch_size"], "image size (px)": r["config"]["image_size"],
+         "fields": len(r["config"]["fields"].split(",")), "processes": r["machine"]["processes"]}
+        for r in reports
+    ]  # fmt: skip
+    usual = {name: Counter(s[name] for s in settings).most_common(1)[0][0] for name in settings[0]}
+    varied = [name for name in usual if any(s[name] != usual[name] for s in settings)]
+    if not varied:
+        raise BadInput("plot cost: nothing varies; add reports of other batches, sizes, fields or processes")
+    from matplotlib.ticker import AutoLocator
+
+    figure, axes = data.canvas(1, len(varied), 1.5 + 3 * len(varied), 3)
+    for axis, name in zip(axes[0], varied):
+        others = usual.items() - {(name, usual[name])}
+        for method in dict.fromkeys(r["method"] for r in reports):
+            points = {
+                s[name]: r["ms"]["step"]
+                for s, r in zip(settings, reports) if r["method"] == method and others <= s.items()
+            }  # fmt: skip
+            axis.plot(*zip(*sorted(points.items())), marker="o", markersize=3, label=method)
+        axis.set_xticks(sorted(points), sorted(points))
+        axis.set_ylim(0)
+        axis.yaxis.set_major_locator(AutoLocator())
+        axis.set(xlabel=name)
+    axes[0, 0].set_ylabel("ms a step")
+    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def picture_map(features: Tensor, ids: Tensor, classes: list[str], label: str, path: Path, most: int = 9) -> None:
@@ -1242,7 +1275,10 @@ def print_table(args: argparse.Namespace) -> None:
 
 def print_plot(args: argparse.Namespace) -> None:
     """The command: results of several files as a picture."""
-    plot(read_results(args.files), args.kind, args.output, args.k, args.metric[0])
+    if args.kind == "cost":
+        plot_cost(read_results(args.files, ("method", "ms", "config", "machine")), args.output)
+    else:
+        plot(read_results(args.files), args.kind, args.output, args.k, args.metric[0])
 
 
 METRICS = ("accuracy", "macro_f1", "paper")
@@ -1266,7 +1302,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         return found
 
     p = command("plot", print_plot, "draw results files: time (Fig. 3), fields, modality or missing fields as bars")
-    p.add_argument("kind", choices=tuple(PLOTS))
+    p.add_argument("kind", choices=(*PLOTS, "cost"))
     p.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results of score --output")
     p.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture to write")
     c = command("score", evaluate, "score checkpoints of train.py, or the weights of others, on datasets")

@@ -3186,6 +3186,15 @@ def test_cost_report(dataset, tmp_path, world, capsys):
         assert (communication != 0) == (world == 2) and min(line["ms"].values()) > 0
         assert sum(line["ms"].values()) - line["ms"]["wait"] < 1.5 * step, "medians do not add up exactly"
         assert 0 < line["GiB"] < 8 and line["machine"]["processes"] == world
+    other = [line | {"config": line["config"] | {"batch_size": 99}} for line in lines]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + other))
+    for name in ("two", "cost"):
+        argv = ["plot", "cost", str(tmp_path / f"{name}.jsonl"), "--output", str(tmp_path / "x.png")]
+        if name == "two":
+            evaluate.main(argv)
+            assert min(Image.open(tmp_path / "x.png").size) > 300
+        else:
+            assert "nothing varies" in complaint(evaluate.main, *argv)
     # 5 tokens of width 128 in 4 blocks, the last for one of them; the gradient costs twice, but images have none
     patches, head = 2 * 4 * 768 * 128, 2 * (128 * 64 + 64 * 64 + 64 * 256)
     blocks = 3 * 2 * (5 * 12 * 128**2 + 2 * 5 * 5 * 128) + 2 * ((5 * 2 + 10) * 128**2 + 2 * 5 * 128)
