@@ -3186,8 +3186,9 @@ def test_cost_report(dataset, tmp_path, world, capsys):
         assert (communication != 0) == (world == 2) and min(line["ms"].values()) > 0
         assert sum(line["ms"].values()) - line["ms"]["wait"] < 1.5 * step, "medians do not add up exactly"
         assert 0 < line["GiB"] < 8 and line["machine"]["processes"] == world
-    other = [line | {"config": line["config"] | {"batch_size": 99}} for line in lines]
-    (tmp_path / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + other))
+    whole = json_lines(tmp_path / "cost.jsonl")
+    other = [line | {"config": line["config"] | {"batch_size": 99}} for line in whole]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in whole + other))
     for name in ("two", "cost"):
         argv = ["plot", "cost", str(tmp_path / f"{name}.jsonl"), "--output", str(tmp_path / "x.png")]
         if name == "two":
