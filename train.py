@@ -1,13 +1,13 @@
-"""Pretrain SatMIP, SatMIPS or SimCLR (paper, Section 3 and 4.2, supplement B).
+"""Pretrain SatMIP, SatMIPS or a baseline (paper, Section 3 and 4.2, supplement B).
 
     python train.py --method satmips                                  # embedded data, 2 CPU cores, some minutes
     python train.py --method simclr-geo-tp                            # a baseline; METHODS lists all
     torchrun --nproc_per_node=4 train.py --method satmips --data DIR  # the paper's settings, 4 GPUs
 
-In this order: options and presets -> processes -> learning rate -> files of a run -> one step -> its figures ->
-what goes wrong -> report -> cost report -> main. Without --data the embedded data are prepared and the demo preset
-is the default; with --data the defaults are the paper's. Exit status: 0 done; 1 an error, said in one line; 75 told
-to stop, saved.
+In this order: methods, options, presets -> processes -> learning rate -> files of a run -> what it learns from and what
+it trains -> one step -> its figures -> what goes wrong -> cost report -> the run. Without --data the embedded data are
+prepared and the demo preset is the default; with --data the defaults are the paper's. Exit status: 0 done; 1 an error,
+said in one line; 75 told to stop, saved.
 """
 
 import argparse
@@ -204,7 +204,7 @@ def configure(options: dict) -> Config:
 
 def parse_config(argv: list[str] | None) -> tuple[Config, str]:
     """Command line -> (configuration, name of the preset it started from)."""
-    parser = argparse.ArgumentParser(description="Pretrain SatMIP, SatMIPS or SimCLR.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Pretrain SatMIP, SatMIPS or a baseline.", allow_abbrev=False)
     for f in dataclasses.fields(Config):
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.type is bool:
