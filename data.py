@@ -1,7 +1,8 @@
 """The one dataset format, how it is read, and what happens to a batch of images (Section 4.1-4.2, supplement A, B).
 
 In this order: numbered randomness -> a split read into arrays -> fields -> loading images -> augmentation on the
-device -> areas, places, varied records -> the embedded demo data -> preparing a dataset -> fMoW -> downstream datasets -> one's own -> check and show.
+device -> areas, places, varied records -> the embedded demo data -> preparing a dataset -> fMoW -> downstream
+datasets -> one's own -> check and show.
 
     python data.py demo data/demo        # cut 64 px images with metadata and labels out of the maps in demo/
     python data.py fmow SOURCE DIR       # and eurosat, resisc45, ucmerced, so2sat, optimal31, fgsc23

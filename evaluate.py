@@ -9,8 +9,8 @@ supplement C, D, G).
     python evaluate.py export runs/demo-satmips/checkpoint.pt OUT --data DIR
 
 In this order: checkpoint -> features -> kNN -> linear probe -> fine-tuning -> scores -> retrieval and questions ->
-missing fields and leakage -> pictures -> tables and plots of results -> export -> report -> commands. The features are the CLS
-outputs of the backbones, before the projections. Fitted on the train split, scored on the test split.
+missing fields and leakage -> pictures -> tables and plots of results -> export -> report -> commands. The features are
+the CLS outputs of the backbones, before the projections. Fitted on the train split, scored on the test split.
 """
 
 import argparse

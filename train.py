@@ -1117,8 +1117,8 @@ def train(config: Config, preset: str) -> None:
         if monitored(epoch):
             size, workers = config.image_size, config.workers
             try:
-                extract = lambda s: evaluate.extract(trained, s, material.statistics, "image", size, workers)  # noqa: E731
-                pair = [extract(split)["image"] for split in splits]
+                options = (material.statistics, "image", size, workers)
+                pair = [evaluate.extract(trained, split, *options)["image"] for split in splits]
                 scores = evaluate.score_all({"image": tuple(pair)}, splits, labels[:1], ["knn"])
                 entry[f"knn_{labels[0]}"] = {str(r["k"]): r["accuracy"] for r in scores}
                 shown = ", ".join(f"{100 * r['accuracy']:.1f} (k={r['k']})" for r in scores)
