@@ -27,7 +27,7 @@ import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -195,6 +195,12 @@ def metadata_features(pretrained: Pretrained, table: data.Table, batch: int = 51
             inputs = [x.to(pretrained.device) for x in metadata.batch(rows)]
             features = pretrained.model.metadata_encoder(*inputs)
         yield features.float()
+
+
+def features_of(pretrained: Pretrained, records: Iterable[dict]) -> Tensor:
+    """CLS features [n, D_metadata] of records as they come."""
+    table = data.tabulate(records, pretrained.fields, pretrained.encoder == "text")
+    return torch.cat(list(metadata_features(pretrained, table)))
 
 
 def extract(
@@ -600,8 +606,7 @@ def ask(
         truths = {i: answer(value) for i, value in enumerate(truths) if answer(value) is not None}
         if not values or not truths:
             continue
-        table = data.tabulate(({field: v} for v in values), pretrained.fields, pretrained.encoder == "text")
-        gallery = embed(pretrained, {"metadata": torch.cat(list(metadata_features(pretrained, table)))})["metadata"]
+        gallery = embed(pretrained, {"metadata": features_of(pretrained, ({field: v} for v in values))})["metadata"]
         scale, answers = pretrained.model.logit_scale.detach().exp(), list(map(answer, values))
         classes = sorted(set(answers))
         number = {a: i for i, a in enumerate(classes)}
@@ -645,9 +650,7 @@ def missing_fields(
     for key, mask in masks.items():
         lost = ({fields[j].name for j in np.flatnonzero(row)} for row in mask)
         kept = ({k: v for k, v in record.items() if k not in names} for record, names in zip(records, lost))
-        table = data.tabulate(kept, fields, pretrained.encoder == "text")
-        metadata = torch.cat(list(metadata_features(pretrained, table)))
-        changed[key] = join({"image": test["image"], "metadata": metadata})
+        changed[key] = join({"image": test["image"], "metadata": features_of(pretrained, kept)})
     results = []
     for label in labels:
         classes, (y, test_y) = data.class_ids(label, *splits)
@@ -701,25 +704,27 @@ def picture_neighbours(features: tuple[Tensor, Tensor], splits: Splits, label: s
     chosen = labelled[:: max(1, len(labelled) // 6)][:6]
     bank, queries = (F.normalize(x, dim=1) for x in (features[0], features[1][chosen]))
     nearest = (queries @ bank.T).topk(min(7, len(train))).indices.tolist()
-    figure, axes = data.canvas(len(chosen), 1 + len(nearest[0]), 10, 1.45 * len(chosen))
-    for row, query, found in zip(axes, chosen, nearest):
+    columns = 1 + len(nearest[0])
+    figure, ((axis,),) = data.canvas(1, 1, 1.25 * columns, 1.45 * len(chosen))  # one for all: each takes a while to make
+    for y, (query, found) in enumerate(zip(chosen, nearest)):
         truth = test.labels[label][query]
-        for axis, split, i in zip(row, [test] + [train] * len(found), [query, *found]):
-            name = split.labels[label][i]
+        for x, (split, i) in enumerate([(test, query), *((train, i) for i in found)]):
+            name, box = split.labels[label][i], (x, x + 0.88, 1.16 * y + 0.88, 1.16 * y)  # left, right, bottom, top
             colour = {None: "silver", truth: "tab:green"}.get(name, "tab:red") if split is train else "black"
-            axis.imshow(data.load_image(split.folder / split.names[i], 96))
-            axis.set_title(name or "no label", fontsize=8, pad=2)
-            axis.spines[:].set(color=colour, linewidth=3)
+            axis.imshow(data.load_image(split.folder / split.names[i], 96), extent=box)
+            axis.plot(*np.take(box, [[0, 1, 1, 0, 0], [2, 2, 3, 3, 2]]), color=colour, linewidth=3)
+            axis.text(x + 0.44, box[3] - 0.04, name or "no label", fontsize=8, ha="center")
+    axis.set(xlim=(-0.05, columns), ylim=(1.16 * len(chosen), -0.2), frame_on=False)
     name = label.removeprefix("label_")
     figure.suptitle(f"Test images (black frame) and their nearest training images, with their {name}", fontsize=10)
     figure.savefig(path, dpi=100)
 
 
 @torch.no_grad()
-def picture_places(pretrained: Pretrained, test: data.Split, statistics: Statistics, size: int, path: Path) -> None:
+def picture_places(pretrained: Pretrained, test: data.Split, features: dict[str, Tensor], path: Path) -> None:
     """Where on Earth the model places some test images: each image's embedding is compared with that of its own
     metadata, the location replaced by every place of a grid. A star marks the true place."""
-    model, device, step = pretrained.model, pretrained.device, 3  # degrees
+    step = 5  # degrees
     longitudes, latitudes = np.arange(-180 + step / 2, 180, step), np.arange(75 - step / 2, -60, -step)
     places = [[float(x), float(y)] for y in latitudes for x in longitudes]
     rows = range(0, len(test), max(1, len(test) // 40))
@@ -731,17 +736,12 @@ def picture_places(pretrained: Pretrained, test: data.Split, statistics: Statist
     figure, axes = data.canvas(len(chosen), 2, 10, 2.3 * len(chosen), width_ratios=(1, 2.7))
     earth = data.Image.open(data.MAPS / "bluemarble-2004-07.jpg").resize((1080, 540))
     for (left, right), i in zip(axes, chosen):
-        record, image = test.record(i), data.load_image(test.folder / test.names[i], size)
-        records = ({**record, "location": place} for place in places)
-        metadata = pretrained.metadata(data.tabulate(records, pretrained.fields, pretrained.encoder == "text"))
-        batches = (metadata.batch(rows) for rows in data.in_order(len(places), 512))
-        encoded = [model.metadata_encoder(*(x.to(device) for x in batch)) for batch in batches]
-        gallery = torch.cat([model.metadata_projection(x) for x in encoded])
-        pixels = data.standardise(data.plain(torch.from_numpy(image.copy())[None].to(device)), *statistics)
-        query = model.image_projection(model.image_encoder(pixels))
-        posterior = (F.cosine_similarity(query, gallery) * model.logit_scale.exp()).softmax(0)
+        record = test.record(i)
+        varied = features_of(pretrained, ({**record, "location": place} for place in places))
+        e = embed(pretrained, {"image": features["image"][i : i + 1], "metadata": varied})
+        posterior = (e["metadata"] @ e["image"][0] * pretrained.model.logit_scale.exp()).softmax(0)
         share = (posterior / posterior.max()).view(len(latitudes), -1).cpu().numpy()
-        left.imshow(image)
+        left.imshow(data.load_image(test.folder / test.names[i], 96))
         inferred = " (month inferred)" if record.get("timestamp_inferred") else ""
         left.set_title(f"{record.get('timestamp', 'no date')}{inferred}", fontsize=8)
         right.imshow(earth, extent=(-180, 180, -90, 90), alpha=0.6)
@@ -1122,7 +1122,7 @@ def report(path: Path, splits: Splits, workers: int, device: torch.device) -> st
         file.writelines(json.dumps(r) + "\n" for r in results)
     picture_neighbours(features["image"], splits, labels[0], path.with_name("neighbours.png"))
     if both and any(field.name == "location" for field in trained.fields):
-        picture_places(trained, splits[1], statistics, size, path.with_name("places.png"))
+        picture_places(trained, splits[1], after[1], path.with_name("places.png"))
     return format_table(results)
 
 
@@ -1168,8 +1168,8 @@ def networks(pretrained: Pretrained, args: argparse.Namespace) -> dict[str, Pret
 def prepare(pretrained: Pretrained, folder: Path, args: argparse.Namespace, known: dict[tuple, Statistics]) -> Job:
     """Read and extract. known: channel statistics of (dataset, image size), to which those needed are added."""
     about, has = pretrained.about, [m for m in args.modality if m == "image" or pretrained.encoder != "none"]
-    bimodal = not set(args.protocol) <= set(SCORED)
-    if not has or ((bimodal or args.places) and pretrained.encoder == "none"):
+    bimodal = args.places or not set(args.protocol) <= set(SCORED)
+    if not has or (bimodal and pretrained.encoder == "none"):
         what = f"{about['method']} has no metadata encoder"
         raise BadInput(f"{about['checkpoint']}: {what}; use --modality image, --protocol knn or linear")
     if args.places and "location" not in {field.name for field in pretrained.fields}:
@@ -1243,7 +1243,7 @@ def evaluate(args: argparse.Namespace) -> None:
             job = prepare(pretrained, folder, args, known)
             found = [r for protocol in args.protocol for r in PROTOCOLS[protocol](job)]
             if args.places:
-                picture_places(pretrained, job.splits[1], job.statistics, pretrained.size, args.places)
+                picture_places(pretrained, job.splits[1], job.features[1], args.places)
             if args.map:
                 classes, (ids,) = data.class_ids(job.labels[0], job.splits[1])
                 picture_map(next(iter(job.named.values()))[1], ids, classes, job.labels[0], args.map)
