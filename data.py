@@ -166,7 +166,8 @@ class Split:
 
     def record(self, i: int) -> dict:
         """Row i, its names and blanks put in order."""
-        return canonical(json.loads(self.lines[i].partition("\n")[0]))  # blank lines may follow
+        line = self.lines[i].partition("\n")[0]  # blank lines may follow
+        return canonical(json.loads(line.removeprefix("\ufeff")))  # a mark that some editors put before the first
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict:
@@ -608,6 +609,12 @@ def outlast_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # a minute to live, whoever wants the end
 
 
+def processes(workers: int) -> dict:
+    """DataLoader's options for that many. Forked, they share what this process has in memory; Python 3.14 would by
+    default send each a copy."""
+    return {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+
+
 def load(
     split: Split, size: int, order: Order | list[Tensor], workers: int, faults: dict[str, str] | None = None,
     steps: range | None = None, metadata: Metadata | None = None, partners: Callable | None = None,
@@ -616,7 +623,7 @@ def load(
     be read is a BadInput that names it; but given `faults`, it is noted there and another row takes its place."""
     loader = torch.utils.data.DataLoader(
         Images(split, size, order, metadata, partners, faults is not None), sampler=steps or range(len(order)),
-        batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(), worker_init_fn=outlast_signals,
+        batch_size=None, pin_memory=torch.cuda.is_available(), worker_init_fn=outlast_signals, **processes(workers),
     )  # fmt: skip
     for batch, found in loader:
         if batch.images is None:
@@ -1141,7 +1148,7 @@ def prepare_demo(folder: Path, train: int = 20_000, test: int = 4_000, seed: int
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     areas = torch.utils.data.DataLoader(
-        DemoAreas(seed), batch_size=None, num_workers=len(os.sched_getaffinity(0)), collate_fn=lambda crops: crops
+        DemoAreas(seed), batch_size=None, collate_fn=lambda crops: crops, **processes(len(os.sched_getaffinity(0)))
     )
     wanted, lines = {"train": train, "test": test}, {"train": [], "test": []}
 
@@ -1243,14 +1250,12 @@ def prepare(
             if not line.endswith(b"\n"):  # torn by a kill
                 break
             entry, whole = json.loads(line), whole + len(line)
-            if "key" in entry:
-                done.add(entry["key"])
+            if "key" in entry:  # what could not be read is tried again: it may have been the disk, or half a copy
+                done.update([entry["key"]] if entry["bad"] is None else [])
             elif entry != options:
                 raise BadInput(f"{unfinished}: begun with other options ({entry}); remove it to start anew")
     os.truncate(journal, whole)
-    loader = torch.utils.data.DataLoader(
-        Preparing(items, done, unfinished), batch_size=None, num_workers=jobs, multiprocessing_context="fork"
-    )
+    loader = torch.utils.data.DataLoader(Preparing(items, done, unfinished), batch_size=None, **processes(jobs))
     with open(journal, "a") as file:
         if not whole:
             file.write(json.dumps(options) + "\n")
@@ -1276,7 +1281,7 @@ def prepare(
 
 def write_metadata(folder: Path) -> Counter:
     """The journal, in the order of its keys -> train/ and test/metadata.jsonl and quarantine.jsonl; -> counts."""
-    places, counts = [], Counter()
+    places, counts = {}, Counter()
     with contextlib.ExitStack() as stack:
         names = {"train": "train/metadata.jsonl", "test": "test/metadata.jsonl", "bad": "quarantine.jsonl"}
         for split in ("train", "test"):
@@ -1285,9 +1290,9 @@ def write_metadata(folder: Path) -> Counter:
         file = stack.enter_context(open(folder / JOURNAL, "rb"))
         offset = len(file.readline())
         for line in file:
-            places.append((json.loads(line)["key"], offset))
+            places[json.loads(line)["key"]] = offset  # of one tried again the last line
             offset += len(line)
-        for key, offset in sorted(places):
+        for key, offset in sorted(places.items()):
             file.seek(offset)
             entry = json.loads(file.readline())
             bad = [["bad", json.dumps({"item": key, "problem": entry["bad"]})]] * (entry["bad"] is not None)
@@ -1732,7 +1737,7 @@ def stac_rows(folder: Path) -> Iterator[tuple[str, int, dict | BadInput]]:
                 row["location"] = [(west + east) / 2, (south + north) / 2]
             assets = [str(PurePosixPath(name).parent / a["href"]) for a in item.get("assets", {}).values()]
             beside = [name.removesuffix(".json") + suffix for suffix in IMAGE_SUFFIXES]
-            images = [p for p in beside + assets if p.lower().endswith(IMAGE_SUFFIXES) and (folder / p).is_file()]
+            images = [p for p in beside + assets if p.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(folder / p)]
             if not images:
                 raise ValueError("no image beside it")
             row = {"file_name": os.path.normpath(images[0]), **row}
@@ -1746,7 +1751,7 @@ def column_of_paths(rows: list[dict], images: Path, asked: str | None) -> str:
     columns = dict.fromkeys(name for row in rows for name in row)
     good = [asked] if asked in columns else [] if asked else [
         name for name in columns
-        if any(isinstance(row.get(name), str) and row[name] and (images / row[name]).is_file() for row in rows)
+        if any(isinstance(row.get(name), str) and row[name] and os.path.isfile(images / row[name]) for row in rows)
     ]  # fmt: skip
     if not good:
         what = f"no column {asked!r}" if asked else f"no column holds names of files under {images}"
@@ -1802,14 +1807,17 @@ def own(args: argparse.Namespace) -> tuple[Callable[[], Iterable[Item]], int, di
     sample = list(itertools.islice((row for _, _, row in rows() if isinstance(row, dict)), 100_000))
     path_column = column_of_paths(sample[:20], args.images, args.path_column)
     sample = [clean(row) for row in sample]
-    present = dict.fromkeys(name for row in sample for name in row)
+    area, told, total, present, sides = args.area or "area", args.split_column or "split", 0, {}, set()
+    for total, (_, _, row) in enumerate(rows(), 1):  # all: a table may be sorted by what the sample is to tell
+        row = canonical(row) if isinstance(row, dict) else {}
+        present |= dict.fromkeys(row)
+        sides.add(str(row.get(told)).lower())
     labels = [name for name in args.label.split(",") if name]
     for name in (*labels, args.area, args.split_column):
         if name and name not in present:
             raise BadInput(f"no column {name!r} in {args.table}; there are {', '.join(present)}")
     labels = {name: "label" if len(labels) == 1 else f"label_{name}" for name in labels}
     labels = labels or {name: name for name in present if is_label(name)}
-    area, told = args.area or "area", args.split_column or "split"
     kinds = dict(part.partition("=")[::2] for part in args.types.split(",") if part)
     for name, kind in kinds.items():
         if kind not in KINDS:
@@ -1817,7 +1825,6 @@ def own(args: argparse.Namespace) -> tuple[Callable[[], Iterable[Item]], int, di
     kinds |= {name: "skip" for name in (*labels, path_column, area, told)}
     fields, table = infer_fields(sample, kinds)
     print(f"columns of {args.table}, by their values (--types COLUMN=KIND,... says otherwise):\n{table}")
-    sides = {str(row.get(told)).lower() for row in sample}
     sides = SPLITS if sides & {"test", "testing"} else SPLITS | {name: "test" for name in VALIDATION}
     root = Path(os.path.normpath(args.images))
 
@@ -1830,7 +1837,7 @@ def own(args: argparse.Namespace) -> tuple[Callable[[], Iterable[Item]], int, di
         path = Path(os.path.normpath(root / name))
         if not path.is_relative_to(root):
             raise BadInput(f"{where}: {path_column} {name!r} leaves {root}")
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise BadInput(f"{where}: {path}: no such image")
         record = clean(row)
         if told in record and str(record[told]).lower() not in sides:
@@ -1850,7 +1857,7 @@ def own(args: argparse.Namespace) -> tuple[Callable[[], Iterable[Item]], int, di
         for number, (where, _, row) in enumerate(rows()):
             yield Item(f"{number:09d}", functools.partial(make, where, row))
 
-    return items, sum(1 for _ in rows()), fields
+    return items, total, fields
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -1874,6 +1881,7 @@ def describe(name: str, folder: Path, workers: int) -> str:
         beside = f" (paper: {expected:,}; {known.classes} classes)" if known else ""
         lines.append(f"{split.folder.name}: {len(split):,} images, {', '.join(classes) or 'no label'}{beside}")
     train, found = splits[0], {}
+    by_time = lambda date: (*np.nan_to_num(parse_timestamp(date)), date)  # noqa: E731
     three = lambda values: [values[i] for i in (0, len(values) // 2, -1)] if len(values) else []  # noqa: E731
     for field, column in columns_of(train.table, fields):
         if field.kind == "category":
@@ -1884,7 +1892,7 @@ def describe(name: str, folder: Path, workers: int) -> str:
                 found[f"{field.name} {part}".strip()] = [field.style % value for value in spread]
         elif not np.isnan(column).all():
             dates = (train.record(i).get(field.name) for i in range(len(train)))
-            found[field.name] = three(sorted(d for d in dates if parse_timestamp(d)))
+            found[field.name] = three(sorted(filter(parse_timestamp, dates), key=by_time))
     rows = [("train" + " (and the paper's)" * (name == "fmow"), "lowest", "median", "highest")]
     for key, values in found.items():
         if values:
@@ -1974,11 +1982,11 @@ def check_split(folder: Path, fields: dict[str, Field], workers: int, findings: 
     for name, _ in members(folder, (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))) if folder.is_dir() else ():
         if name not in seen:
             add("image without a row", name)
-    present = [name for name in seen if (folder / name).is_file()]
+    present = [name for name in seen if os.path.isfile(folder / name)]
     for name in seen.keys() - set(present):
         add("row without its image", f"{seen[name]}: {name}", stops=True)
     loader = torch.utils.data.DataLoader(
-        [folder / name for name in present], batch_size=None, collate_fn=fingerprint, num_workers=workers
+        [folder / name for name in present], batch_size=None, collate_fn=fingerprint, **processes(workers)
     )
     for name, (found, problem) in zip(present, progress(loader, f"decoding {folder}")):
         if problem:
@@ -1986,6 +1994,8 @@ def check_split(folder: Path, fields: dict[str, Field], workers: int, findings: 
         elif prints.setdefault(found, name) != name:
             add("image twice", f"{name} is {prints[found]}")
     count = len(lengths)
+    if not count:
+        add("no rows", str(folder), stops=True)
     for name, different in values.items():
         if len(different) == 1 and count - missing[name] > 1:
             add(f"{name}: constant", f"always {next(iter(different))}")

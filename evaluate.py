@@ -41,6 +41,7 @@ from model import SOURCES, VITS, ModelConfig, SatMIP, WrongWeights, describe_enc
 from model import read_encoder
 
 KS = (1, 5, 20, 100)  # supplement C
+K = 20  # NOTE[PAPER] of these where one is shown on data that the paper has not: fixed beforehand, not the best
 SETTINGS = ("epochs", "fields", "loss_weight", "augment", "decouple_views", "vit", "init")  # ablated in the paper
 # Options of train.py that do not make another model, or have a place of their own in results
 UNSAID = (*SETTINGS, "method", "seed", "metadata_encoder", "data", "output", "workers", "eval_every", "log_every",
@@ -115,20 +116,23 @@ def load_pretrained(path: Path, device: torch.device) -> tuple[Pretrained, dict]
     config, log = state["config"], path.with_name("log.jsonl")
     pretrained.about = {
         "checkpoint": str(path), "step": state["step"], "method": config["method"], "seed": config["seed"],
+        "data": config["data"],  # of the training; evaluation on another says so
         "metadata_encoder": pretrained.encoder, **{name: config[name] for name in SETTINGS if name in config},
         "settings": {name: value for name, value in config.items() if name not in UNSAID},
     }  # fmt: skip
     if log.is_file():  # of the run: what it cost
         with contextlib.suppress(ValueError):  # a torn line ends what it says
             epochs = [json.loads(line) for line in log.read_text().splitlines()]
-            epochs = [entry for entry in epochs if "seconds" in entry]  # others tell of skipped steps
+            # others tell of skipped steps, or are of later than this checkpoint
+            epochs = [entry for entry in epochs if "seconds" in entry and entry["step"] <= state["step"]]
             pretrained.about["seconds"] = sum(epoch["seconds"] for epoch in epochs)
+            pretrained.about["epochs_logged"] = len(epochs)
             pretrained.about["memory"] = max((epoch["memory"] for epoch in epochs), default=0)
     return pretrained, state
 
 
 def untrained(pretrained: Pretrained) -> Pretrained:
-    """The network as its training started: the baseline "Random" (Table 2)."""
+    """The network with random weights, as training without --init starts: the baseline "Random" (Table 2)."""
     torch.manual_seed(pretrained.about.get("seed") or 0)
     model = SatMIP(pretrained.model.config).to(pretrained.device).eval()
     fresh = copy.copy(pretrained)
@@ -150,7 +154,7 @@ def load_foreign(path: Path, name: str, heads: int | None, scale: float, size: i
     model = SatMIP(ModelConfig(image_size=size, patch_size=patch, vit=vit))
     print(load_encoder(model.image_encoder, path, name, heads, scale))
     pretrained = Pretrained(model.to(device).eval(), parse_fields(DEFAULT_FIELDS), None, device)
-    if name != "satmip":  # its own are of its training data, and the dataset's are what it is evaluated with
+    if name != "satmip":  # NOTE[DIFF] supplement A takes the dataset's for all; others' weights know their own
         pretrained.statistics = list(SOURCES[name].mean), list(SOURCES[name].std)
     pretrained.about = {"checkpoint": str(path), "method": name, "metadata_encoder": "none", "vit": vit, "heads": heads}
     return pretrained
@@ -304,7 +308,7 @@ def top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def knn(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, classes: int, ks: tuple[int, ...] = KS,
-    temperature: float = TEMPERATURE, chunk: int | None = None, half: bool | None = None,
+    temperature: float = TEMPERATURE, chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Shares of the votes [len(ks), m, C] for queries [m, D] from a bank [n, D] with labels [n] in 0 .. C - 1.
 
@@ -312,25 +316,18 @@ def knn(
     default of at most 2^26 similarities, 256 MiB) serves every k: the votes of the first k neighbours are among those
     of the first max(ks). ValueError when a k exceeds n.
 
-    half (by default on a GPU): fp16 finds twice as many neighbours, float32 chooses among them and weighs them. fp16
-    alone would shift a cosine by up to 5e-4 and tie many.
+    NOTE[DIFF] supplement C: similarities in mixed precision. fp16's step next to 1 is 5e-4, at which all places within
+    200 km are equally near; in float32 fMoW takes a GPU about a second, which the features cost many times over.
     """
     if max(ks) > len(bank):
         raise ValueError(f"k = {max(ks)} neighbours asked of a bank of {len(bank)} samples")
     bank = F.normalize(bank.float(), dim=1)
-    rough = bank.half() if (bank.is_cuda if half is None else half) else bank
     shares = torch.empty(len(ks), len(queries), classes, device=bank.device)
     chunk = chunk or min(512, max(1, 2**26 // len(bank)))
-    buffer = rough.new_empty(min(chunk, len(queries)), len(bank))  # once: fresh memory costs a CPU a third more
+    buffer = bank.new_empty(min(chunk, len(queries)), len(bank))  # once: fresh memory costs a CPU a third more
     for start in range(0, len(queries), chunk):
         part = F.normalize(queries[start : start + chunk].float(), dim=1)
-        similarity = torch.mm(part.to(rough.dtype), rough.T, out=buffer[: len(part)])
-        if rough is bank:
-            similarity, index = top(similarity, max(ks))  # [chunk, max k], sorted
-        else:
-            index = top(similarity, min(2 * max(ks), len(bank)))[1]
-            similarity, order = (bank[index] @ part[:, :, None])[:, :, 0].topk(max(ks), dim=1)
-            index = index.gather(1, order)
+        similarity, index = top(torch.mm(part, bank.T, out=buffer[: len(part)]), max(ks))  # [chunk, max k], sorted
         weight, label = (similarity / temperature).exp(), bank_labels[index]
         votes, done = torch.zeros(len(part), classes, device=bank.device), 0
         for k in sorted(ks):
@@ -399,6 +396,7 @@ def finetune(
     batch = min(batch, len(known))
     steps = epochs * (len(known) // batch)
     optimizer = torch.optim.AdamW(parameter_groups(network, 0.05), rate)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and half_precision() == torch.float16)
     warmup = max(1, steps // 10)
     share = lambda step: min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
@@ -411,8 +409,9 @@ def finetune(
         with mixed(device):
             logits = network(x)
         optimizer.zero_grad()
-        F.cross_entropy(logits.float(), y[0][rows].to(device), label_smoothing=0.1).backward()
-        optimizer.step()
+        scaler.scale(F.cross_entropy(logits.float(), y[0][rows].to(device), label_smoothing=0.1)).backward()
+        scaler.step(optimizer)
+        scaler.update()
         schedule.step()
     tuned = copy.copy(pretrained)
     tuned.model = nn.Module()
@@ -650,13 +649,14 @@ def missing_fields(
     for key, mask in masks.items():
         lost = ({fields[j].name for j in np.flatnonzero(row)} for row in mask)
         kept = ({k: v for k, v in record.items() if k not in names} for record, names in zip(records, lost))
-        changed[key] = join({"image": test["image"], "metadata": features_of(pretrained, kept)})
+        changed[key] = features_of(pretrained, kept)
     results = []
     for label in labels:
         classes, (y, test_y) = data.class_ids(label, *splits)
         known, test_known, device = y >= 0, test_y >= 0, train["image"].device
         classify, _ = linear_classifier(join(train)[known], y[known].to(device), len(classes))
-        for (kind, value), x in changed.items():
+        for (kind, value), metadata in changed.items():
+            x = join({"image": test["image"], "metadata": metadata})
             scores = judge(classify(x[test_known]), test_y[test_known].to(device), len(classes))
             what = {"blanked": value} if kind == "share" else {"without": value}
             results.append({"features": "both", "label": label, "protocol": "missing", **what, **scores})
@@ -671,7 +671,7 @@ def leakage(splits: Splits, features: tuple[dict, dict], labels: list[str], bins
         raise BadInput(f"{splits[1].folder}: no record has a location; the leakage report is by distance")
     train, test = (p.double() for p in points)
     train = train[train.norm(dim=1) > 0.5]  # without a place: the zero vector
-    nearest = [train[(part @ train.T).argmax(1)] for part in test.split(1024)]
+    nearest = [train[(part @ train.T).argmax(1)] for part in test.split(max(1, 2**26 // max(1, len(train))))]
     km = torch.where(test.norm(dim=1) > 0.5, great_circle(test, torch.cat(nearest)), torch.nan)
     results = []
     for label in labels:
@@ -806,22 +806,49 @@ def format_rows(results: list[dict]) -> str:
     return markdown([[results[0]["protocol"], *keys], *(["", *(text(r.get(k)) for k in keys)] for r in results)])
 
 
+def is_from(result: dict, *names: str) -> bool:
+    """Whether the dataset's folder says that it is one of these."""
+    return Path(result.get("data", "")).name.lower().startswith(names)
+
+
 def metric_of(result: dict, metric: str) -> str:
-    """ "paper" is macro-F1 on fMoW and FGSC-23, accuracy elsewhere (Section 4.2), by the dataset's folder."""
-    unbalanced = Path(result.get("data", "")).name.lower().startswith(("fmow", "fgsc"))
-    return ("macro_f1" if unbalanced else "accuracy") if metric == "paper" else metric
+    """ "paper" is macro-F1 on fMoW and FGSC-23, accuracy elsewhere (Section 4.2)."""
+    return ("macro_f1" if is_from(result, "fmow", "fgsc") else "accuracy") if metric == "paper" else metric
+
+
+def paper_k(result: dict) -> int:
+    """Neighbours as in supplement C."""
+    many = 20 if result["method"] in ("mae", "satmae", "satmaepp", "scalemae") else 100
+    return many if is_from(result, "fmow") else 5
 
 
 SCORED = ("knn", "linear", "finetune")  # protocols with one score a label: those that tables have cells for
-MODEL_FREE = ("location only", "identity", "colour histograms", "untrained, image")  # features that no training made
+# Features that no training made -> what they depend on; the others depend on the checkpoint
+MODEL_FREE = {"location only": (), "colour histograms": (), "identity": ("fields",), "untrained, image": ("vit",)}
 
 
-def format_table(results: list[dict], k: int | None = 20, metric: str = "accuracy", interval: bool = False) -> str:
+def cells(results: list[dict], place: Callable[[dict], tuple]) -> dict[tuple, list[dict]]:
+    """Cell of a table or plot -> its results, one a seed, of the same one scored again the last. BadInput when two of
+    one seed differ in more than their scores."""
+    found = {}
+    for r in results:
+        seeds = found.setdefault(place(r), {})
+        before = seeds.get(r.get("seed"), r)
+        depends = MODEL_FREE.get(r["features"], ("checkpoint", "finetune_epochs", "finetune_lr", "policy"))
+        for key in (*depends, "image_size", "averaged"):
+            if before.get(key) != r.get(key):
+                one, two = (f"{x.get('checkpoint')} ({key} {x.get(key)})" for x in (before, r))
+                where = ", ".join(map(str, place(r)))
+                raise BadInput(f"{one} and {two} are both seed {r.get('seed')} of {where}; give one of them")
+        seeds[r.get("seed")] = r
+    return {key: list(seeds.values()) for key, seeds in found.items()}
+
+
+def format_table(results: list[dict], k: int | None = K, metric: str = "accuracy", interval: bool = False) -> str:
     """Markdown: a row for each model and kind of features, a column for each dataset, label and protocol, percent.
 
     Results that differ in the seed alone become one cell, mean ± sample standard deviation. Settings that differ
-    among the models are named in their rows. Of the kNN results one k is shown; NOTE[PAPER] 20, fixed beforehand,
-    where the paper reports each dataset's best.
+    among the models are named in their rows. Of the kNN results one k is shown.
     """
     shown = [r for r in results if r["protocol"] in SCORED and r.get("k", k) == k]
     varying = [s for s in SETTINGS if len({str(r[s]) for r in shown if s in r}) > 1]
@@ -843,20 +870,14 @@ def format_table(results: list[dict], k: int | None = 20, metric: str = "accurac
         parts = [Path(r.get("data", "")).name] * several + [r["label"].removeprefix("label_")]
         return " ".join([*parts, protocol_name(r), *(["by area"] if r.get("averaged") == "area" else [])])
 
-    cells = {}  # (row, column) -> {seed: result}
-    for r in shown:
-        seeds, run = cells.setdefault((row(r), column(r)), {}), r.get("checkpoint")
-        other = seeds.setdefault(r.get("seed"), r).get("checkpoint")
-        if other != run and r["features"] not in MODEL_FREE:
-            raise BadInput(f"{other} and {run} are both seed {r.get('seed')} of {row(r)}; score them into two files")
-        seeds[r.get("seed")] = r
-    rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    found = cells(shown, lambda r: (row(r), column(r)))
+    rows, columns = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
 
-    def cell(found: list[dict]) -> str:
-        limits = found[0].get(metric_of(found[0], metric) + "_interval") if found and interval else None
-        return show([r[metric_of(r, metric)] for r in found], limits)
+    def cell(runs: list[dict]) -> str:
+        limits = runs[0].get(metric_of(runs[0], metric) + "_interval") if runs and interval else None
+        return show([r[metric_of(r, metric)] for r in runs], limits)
 
-    lines = [[name, *(cell(list(cells.get((name, c), {}).values())) for c in columns)] for name in rows]
+    lines = [[name, *(cell(found.get((name, c), [])) for c in columns)] for name in rows]
     return markdown([[f"{metric} (%)", *columns], *lines])
 
 
@@ -864,18 +885,19 @@ def costs(results: list[dict], simclr: list[dict]) -> list[str]:
     """Cells: seconds an epoch and GiB, means over runs, then both relative to SimCLR's (Table S8)."""
 
     def mean(runs: list[dict]) -> Tensor:
-        known = [(r["seconds"] / r["epochs"], r["memory"] / 2**30) for r in runs if "seconds" in r]
+        known = [(r["seconds"] / r["epochs_logged"], r["memory"] / 2**30) for r in runs if r.get("epochs_logged")]
         return torch.tensor(known, dtype=torch.float64).view(-1, 2).mean(0)  # NaN where nothing is known
 
     found, base = mean(results), mean(simclr)
     return ["-" if x != x else f"{x:.2f}" for x in [*found.tolist(), *(found / base).tolist()]]
 
 
-def paper_table(results: list[dict], number: str, k: int = 20, metric: str = "paper") -> str:
+def paper_table(results: list[dict], number: str, k: int | None = None, metric: str = "paper") -> str:
     """One of the paper's tables in Markdown: its rows, in them our scores and, beside, the paper's where known.
 
-    A row is a combination of settings, over seeds. BadInput for a table that is not there, and when a row has two runs
-    of one seed: they differ in something that is no setting of this table, such as the number of epochs.
+    k: of kNN; by default supplement C's. A row is a combination of settings, over seeds. BadInput for a table that is
+    not there, and when a row has two runs of one seed: they differ in something that is no setting of this table, such
+    as the number of epochs.
     """
     with open(PAPER_TABLES, newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader((line for line in file if not line.startswith("#")), delimiter=";"))
@@ -886,7 +908,7 @@ def paper_table(results: list[dict], number: str, k: int = 20, metric: str = "pa
     names = [part.split("=")[0] for part in theirs[0]["settings"].split()]
     protocols, features = ({part for line in theirs for part in line[key].split()} for key in ("protocol", "features"))
     shown = [r for r in results if "checkpoint" in r and r["protocol"] in protocols and r["features"] in features]
-    shown = [r for r in shown if r.get("k", k) == k]
+    shown = [r for r in shown if r.get("k") in (None, k or paper_k(r))]
     value = lambda r, name: str(bool(r.get(name))) if name == "init" else str(r.get(name))  # noqa: E731
     key = lambda r: " ".join(f"{name}={value(r, name)}" for name in names)  # noqa: E731
 
@@ -900,16 +922,12 @@ def paper_table(results: list[dict], number: str, k: int = 20, metric: str = "pa
     simclr = [r for r in results if r.get("method") == "simclr"]
     cost = ["s / epoch", "GiB", "time / SimCLR", "memory / SimCLR"] if "cost" in protocols else []
     table = [[f"Table {number}", *columns, *cost, *(f"paper: {name}" for name in printed)]]
+    found = cells(shown, lambda r: (key(r), column(r)))
     for row in rows:
-        mine = [r for r in shown if key(r) == row]
-        runs = sorted({(str(r.get("seed")), r["checkpoint"]) for r in mine})
-        for (seed, first), (other, second) in zip(runs, runs[1:]):
-            if seed == other:
-                raise BadInput(f"--paper {number}: {first} and {second} are both seed {seed} of {row}; give one")
-        scores = [{r["checkpoint"]: r[metric_of(r, metric)] for r in mine if column(r) == c} for c in columns]
-        cells = [show(list(found.values())) for found in scores]
+        mine = [show([r[metric_of(r, metric)] for r in found.get((row, c), [])]) for c in columns]
+        mine += costs([r for r in shown if key(r) == row], simclr) if cost else []
         beside = {line["column"]: line["number"] for line in theirs if line["settings"] == row}
-        table.append([row, *cells, *(costs(mine, simclr) if cost else []), *(beside.get(name, "") for name in printed)])
+        table.append([row, *mine, *(beside.get(name, "") for name in printed)])
     return markdown(table)
 
 
@@ -932,13 +950,13 @@ def blanked(result: dict) -> str:
 
 PLOTS = {  # kind -> (what a bar or point stands over, what has a colour of its own, what features are shown)
     "time": (lambda r: r["epochs"], model_name, lambda name: name == "image"),
-    "fields": (lambda r: r["fields"], lambda r: r["features"], lambda name: name not in MODEL_FREE),
+    "fields": (lambda r: r["fields"], lambda r: f"{model_name(r)}, {r['features']}", lambda name: name not in MODEL_FREE),
     "modality": (model_name, lambda r: r["features"], lambda name: True),
     "missing": (blanked, model_name, lambda name: True),
 }
 
 
-def plot(results: list[dict], kind: str, path: Path, k: int = 20, metric: str = "accuracy") -> None:
+def plot(results: list[dict], kind: str, path: Path, k: int = K, metric: str = "accuracy") -> None:
     """One panel for each dataset, label and protocol; mean and deviation over seeds. "time" has lines over training
     time relative to SimCLR (Fig. 3), the others bars: fields (Table 5), modality (Tables 3, S6), missing fields."""
     over, colour, kept = PLOTS[kind]
@@ -957,16 +975,16 @@ def plot(results: list[dict], kind: str, path: Path, k: int = 20, metric: str = 
         shown = [r for r in wanted if title(r) == panel]
         groups, series = (list(dict.fromkeys(map(f, shown))) for f in (over, colour))
         groups = sorted(groups) if times else groups
+        found = cells(shown, lambda r: (over(r), colour(r)))
         for number, name in enumerate(series):
-            cells = {group: [r for r in shown if (over(r), colour(r)) == (group, name)] for group in groups}
-            cells = {group: found for group, found in cells.items() if found}
-            scores = [[100 * r[metric_of(r, metric)] for r in found] for found in cells.values()]
+            runs = {group: found[group, name] for group in groups if (group, name) in found}
+            scores = [[100 * r[metric_of(r, metric)] for r in mine] for mine in runs.values()]
             mean, deviation = zip(*((np.mean(x), np.std(x, ddof=1) if len(x) > 1 else np.nan) for x in scores))
             if times:
-                x = [np.mean([times[id(r)] for r in found]) for found in cells.values()]
+                x = [np.mean([times[id(r)] for r in mine]) for mine in runs.values()]
                 axis.errorbar(x, mean, deviation, marker="o", capsize=3, label=name)
             else:
-                x = [groups.index(group) + 0.8 * ((number + 0.5) / len(series) - 0.5) for group in cells]
+                x = [groups.index(group) + 0.8 * ((number + 0.5) / len(series) - 0.5) for group in runs]
                 axis.bar(x, mean, 0.75 / len(series), yerr=deviation, capsize=3, label=name)
         axis.yaxis.set_major_locator(AutoLocator())
         if times:
@@ -1136,7 +1154,7 @@ def models(args: argparse.Namespace) -> Iterator[tuple[Pretrained, list[Path]]]:
     if args.weights:
         if args.source is None or args.data is None:
             raise BadInput(f"--weights {args.weights}: say --source ({', '.join(SOURCES)}) and --data")
-        size = args.image_size or 224
+        size = args.image_size or (128 if args.source == "scalemae" else 224)  # supplement A
         yield load_foreign(args.weights, args.source, args.heads, args.position_scale, size, device), args.data
     for path in args.checkpoint or ():
         pretrained, state = load_pretrained(path, device)
@@ -1238,8 +1256,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.posteriors and "ask" not in args.protocol:
         raise BadInput("--posteriors: they are those of --protocol ask")
     results, known = [], {}
-    for pretrained, folders in models(args):
-        for folder in folders:
+    try:
+        for pretrained, folder in ((p, folder) for p, folders in models(args) for folder in folders):
             job = prepare(pretrained, folder, args, known)
             found = [r for protocol in args.protocol for r in PROTOCOLS[protocol](job)]
             if args.places:
@@ -1249,10 +1267,11 @@ def evaluate(args: argparse.Namespace) -> None:
                 picture_map(next(iter(job.named.values()))[1], ids, classes, job.labels[0], args.map)
             found = [{**pretrained.about, "data": str(folder), "image_size": pretrained.size, **r} for r in found]
             results += found
-            if args.output:  # at once: what is done stays done when a later model fails
+            if args.output:
                 with open(args.output, "a") as file:
                     file.writelines(json.dumps(r) + "\n" for r in found)
-    print_results(results, list(dict.fromkeys(r["k"] for r in results if "k" in r)) or [None], args)
+    finally:  # what is done stays done when a later model fails
+        print_results(results, list(dict.fromkeys(r["k"] for r in results if "k" in r)) or [None], args)
 
 
 def print_results(results: list[dict], ks: list[int | None], args: argparse.Namespace) -> None:
@@ -1270,7 +1289,7 @@ def print_table(args: argparse.Namespace) -> None:
     for metric in args.metric if args.paper else ():
         print(paper_table(results, args.paper, args.k, metric) + "\n")
     if not args.paper:
-        print_results(results, [args.k], args)
+        print_results(results, [args.k or K], args)
 
 
 def print_plot(args: argparse.Namespace) -> None:
@@ -1278,7 +1297,7 @@ def print_plot(args: argparse.Namespace) -> None:
     if args.kind == "cost":
         plot_cost(read_results(args.files, ("method", "ms", "config", "machine")), args.output)
     else:
-        plot(read_results(args.files), args.kind, args.output, args.k, args.metric[0])
+        plot(read_results(args.files), args.kind, args.output, args.k or K, args.metric[0])
 
 
 METRICS = ("accuracy", "macro_f1", "paper")
@@ -1322,7 +1341,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     c.add_argument("--augment", choices=tuple(data.POLICIES), default="crop", help="its augmentation")
     c.add_argument("--label", help="one label of the dataset; default: all of them")
     c.add_argument("--average-areas", action="store_true", help="average probabilities over the images of an area")
-    c.add_argument("--image-size", type=positive, help="px; default: as in training (224 for --weights)")
+    c.add_argument("--image-size", type=positive, help="px; default: as in training (224 for --weights, 128 for scalemae)")
     c.add_argument("--places", type=Path, metavar="FILE", help="draw where on Earth the model places test images")
     c.add_argument("--posteriors", type=Path, metavar="FILE.npz", help="of --protocol ask: ids, classes, probabilities")
     c.add_argument("--map", type=Path, metavar="FILE", help="draw the test features' two principal components")
@@ -1340,7 +1359,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         reader.add_argument("--workers", type=int, default=2, help="processes that decode images")
         reader.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for reader in (t, p):
-        reader.add_argument("--k", type=positive, default=20, help="neighbours of the kNN results shown")
+        reader.add_argument("--k", type=positive, help=f"of the kNN results shown; default {K}, with --paper as there")
     for table in (c, t):
         table.add_argument("--intervals", action="store_true", help="show the 95 %% bootstrap interval of single runs")
     for table, metrics in ((c, ["accuracy", "macro_f1"]), (t, ["accuracy"]), (p, ["accuracy"])):

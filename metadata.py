@@ -119,8 +119,8 @@ def canonical(row: dict) -> dict:
         if isinstance(value, bool) and name not in FIELDS:
             value = str(value).lower()
         if isinstance(value, str):
-            if value.strip().lower() in BLANKS and name != "file_name":
-                continue
+            if value.strip().lower() in ({""} if name.startswith("label") else BLANKS) and name != "file_name":
+                continue  # though a class may be called "none"
             if value.startswith("[") and value.endswith("]"):
                 try:
                     value = json.loads(value)
@@ -141,7 +141,7 @@ def infer_field(name: str, values: list) -> tuple[Field | None, str]:
     """What a column is, from its values (None and blanks left out) -> (the field, a remark for the reader).
 
     A column is what nine tenths of its values are; the rest are then malformed, hence missing. A column of
-    single-use values is an identifier, of which nothing can be learned: None."""
+    single-use text is an identifier, of which nothing can be learned: None."""
     if name in FIELDS:
         return FIELDS[name], "as in the paper"
     values = [v for v in values if str(v).strip().lower() != "na"] or values
@@ -214,8 +214,8 @@ TIMESTAMP = re.compile(
 )
 
 
-CLOCK = re.compile(r"(.*?)(?:[T ,]+(\d\d?:\d\d(?::\d\d(?:\.\d+)?)?|\d{6}(?=Z)) ?(Z|[+-]\d\d:?\d\d)?)?", re.ASCII)
-DATES = ("%Y/%m/%d", "%Y.%m.%d", "%Y%m%d", "%d %b %Y", "%d-%b-%Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y")
+CLOCK = re.compile(r"(.*?)(?:[T ,]+(\d\d?:\d\d(?::\d\d(?:\.\d+)?)?|\d{6}(?=Z)) ?(Z|[+-]\d\d:?\d\d)?)?", re.ASCII | re.DOTALL)
+DATES = ("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%Y%m%d", "%d %b %Y", "%d-%b-%Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y")
 
 
 def iso_timestamp(value: object, day_first: bool | None = None) -> str | None:
@@ -244,7 +244,7 @@ def iso_timestamp(value: object, day_first: bool | None = None) -> str | None:
             return None
     if clock and ":" not in clock:
         clock = f"{clock[:2]}:{clock[2:4]}:{clock[4:]}"
-    return f"{parsed}T{clock.zfill(5) if len(clock) < 6 else clock}{zone or ''}" if clock else parsed
+    return f"{parsed}T{'0' * (clock[1] == ':')}{clock}{zone or ''}" if clock else parsed
 
 
 def parse_timestamp(value: object) -> list[float] | None:

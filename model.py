@@ -561,22 +561,17 @@ class SatMIP(nn.Module):
 
     @torch.no_grad()
     def encode_keys(self, views: Tensor) -> Tensor | None:
-        """MoCo's keys [B, E] of the last view; None without. For ResNet-50 on samples shuffled among the processes, so
-        that no query shares its batch statistics with its own key and can tell it by them."""
+        """MoCo's keys [B, E] of the last view; None without. For ResNet-50 on samples dealt out anew to the processes,
+        so that no query shares its batch statistics with its own key and can tell it by them. The deal is always the
+        same: which samples make a batch is random already."""
         if self.config.image_image != "moco":
             return None
         if self.config.vit != "resnet50" or not several():
             return unit(self.key_mlp(self.key_encoder(views[-1])))
         world, rank, B = dist.get_world_size(), dist.get_rank(), views.shape[1]
-        order = self.shuffled(world * B)
+        order = torch.arange(world * B, device=views.device).view(world, B).T.flatten()  # some of everyone's each
         keys = unit(self.key_mlp(self.key_encoder(everyone(views[-1])[order.chunk(world)[rank]])))
         return everyone(keys)[order.argsort()[rank * B : (rank + 1) * B]]
-
-    def shuffled(self, n: int) -> Tensor:
-        """The numbers 0 to n - 1 in an order that is the same on all processes and another in each step, by a hash on
-        the device: a generator would have to be told the step, for which the host would wait."""
-        at = (torch.arange(n, device=self.enqueued.device) + self.enqueued).double()
-        return ((at * 12.9898).sin() * 43758.5453).frac().argsort()
 
     @torch.no_grad()
     def follow(self, momentum: float, skipped: Tensor) -> None:

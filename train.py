@@ -23,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -180,6 +181,8 @@ def configure(options: dict) -> Config:
     text, pairs, moco = c.metadata_encoder == "text", c.image_image != "none", c.image_image == "moco"
     varied = c.consistent_metadata or c.field_dropout or c.shuffle_fields or c.digits is not None or c.cyclic_features
     for problem, message in (
+        (not c.field_dropout < 1, f"--field-dropout {c.field_dropout}: a probability below 1"),
+        (c.key_momentum > 1, f"--key-momentum {c.key_momentum}: at most 1"),
         (c.batch_size == 1, "--batch-size 1: a contrastive loss needs something to contrast with; at least 2"),
         (not (c.metadata_image or c.geo or pairs), f"--method {c.method}: nothing is left to learn from"),
         (c.decouple_views and not (c.metadata_image and pairs),
@@ -440,6 +443,8 @@ class TrainingData:
         world.first(lambda: bool(data.read_dataset(config.data, fields, captions=encoder == "text")))  # caches it
         self.splits = splits = data.read_dataset(config.data, fields, captions=encoder == "text")
         table, n = splits[0].table, len(splits[0])
+        if config.batch_size % world.size:
+            raise BadInput(f"--batch-size {config.batch_size}: not a multiple of the {world.size} processes")
         if config.batch_size > n:
             raise BadInput(f"--batch-size {config.batch_size}: {config.data} has only {n} training images")
         rates = data.missing_rates(table, fields) if encoder != "none" else {}
@@ -591,8 +596,9 @@ def forward_backward(network, scaler, batch: Batch, config: Config, half: torch.
     treat each sample by itself, so this is exact (the gradient cache of Gao et al., 2021).
     """
     if not config.micro_batch:
+        views = batch.views(slice(None))  # outside of autocast, as everywhere below: augmentation is float32
         with half:
-            embeddings = network(batch.views(slice(None)), batch.metadata)
+            embeddings = network(views, batch.metadata)
         loss, logged = compute_losses(embeddings, batch, config)
         scaler.scale(loss).backward()
         return embeddings, logged
@@ -600,19 +606,21 @@ def forward_backward(network, scaler, batch: Batch, config: Config, half: torch.
     pieces = [slice(i, i + config.micro_batch) for i in range(0, batch.size, config.micro_batch)]
     encode = lambda piece, views: network.encode(views, tuple(x[piece] for x in batch.metadata))  # noqa: E731
     features, keys = [], []
-    with half:
-        for piece in pieces:
-            views = batch.views(piece)
+    for piece in pieces:
+        views = batch.views(piece)
+        with half:
             with torch.no_grad():
                 features.append(encode(piece, views))
             keys.append(network.encode_keys(views))
-        features = [torch.cat(parts).requires_grad_() for parts in zip(*features)]
+    features = [torch.cat(parts).requires_grad_() for parts in zip(*features)]
+    with half:
         embeddings = network.project(features, None if keys[0] is None else torch.cat(keys))
     loss, logged = compute_losses(embeddings, batch, config)
     scaler.scale(loss).backward()
     for piece in pieces:
+        views = batch.views(piece)
         with half:
-            again = encode(piece, batch.views(piece))
+            again = encode(piece, views)
         torch.autograd.backward(again, [x.grad[piece] for x in features])
     if dist.is_initialized():  # DistributedDataParallel would do so after each piece
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
@@ -818,7 +826,9 @@ def set_costs(model: SatMIP, config: Config) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             module.checkpointed = config.checkpoint_blocks
-    if config.compile:  # encoders whole: block by block, the variants of one forward would pass dynamo's limit of 8
+    if config.compile:
+        torch._dynamo.config.optimize_ddp = config.vit != "resnet50"  # in which its cut between buckets fails
+        # encoders whole: block by block, the variants of one forward would pass dynamo's limit of 8
         for encoder in [model.image_encoder] + ([model.key_encoder] if config.image_image == "moco" else []):
             encoder.compile()
         if model.config.metadata_encoder != "none":
@@ -867,7 +877,7 @@ class Costed:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp == torch.float16)
         counter, empty = FlopCounterMode(display=False), torch.zeros(2, *[config.image_size] * 2, 3, dtype=torch.uint8)
         with sdpa_kernel(SDPBackend.MATH):  # not all the others are counted
-            self.step(data.Loaded(empty, torch.arange(2), ()), counter)
+            self.step(data.Loaded(empty, torch.arange(2), ()), counter, micro_batch=0)
         self.flops = counter.get_total_flops() / 2  # of a sample, forward and backward, nothing computed twice
         self.moments.clear()
         set_costs(self.network, config)
@@ -878,16 +888,17 @@ class Costed:
         self.optimizer.register_step_pre_hook(note)
         self.optimizer.register_step_post_hook(note)
 
-    def step(self, loaded: data.Loaded, watch=contextlib.nullcontext()) -> None:
+    def step(self, loaded: data.Loaded, watch=contextlib.nullcontext(), **changed) -> None:
         m, device = self.material, self.world.device
+        config = dataclasses.replace(m.config, **changed)
         self.moments.append([now(device)])
         batch = m.to_device(loaded._replace(metadata=m.metadata.batch(loaded.rows)), 0, device)
-        if not m.config.micro_batch:  # which makes its views itself, piece by piece
+        if not config.micro_batch:  # which makes its views itself, piece by piece
             views = batch.views(slice(None))
             batch = batch._replace(views=lambda piece: views[:, piece])
         self.moments[-1].append(now(device))
         with watch:
-            train_step(self.network, self.optimizer, self.scaler, batch, m.config, self.amp, {})
+            train_step(self.network, self.optimizer, self.scaler, batch, config, self.amp, {})
         self.moments[-1].append(now(device))
 
     def milliseconds(self) -> dict[str, np.ndarray]:
@@ -960,6 +971,7 @@ def cost_report(config: Config) -> None:
         data.Images(split, config.image_size, [torch.arange(64) % len(split)], None, None, True)[0]
         decode = (time.perf_counter() - began) / 64
         turns = n * (1 + config.benchmark_rounds)  # the first round warms up
+        overlapped = world.size > 1 and not config.micro_batch
         order = data.Order(len(split), config.batch_size, config.seed, world.rank, world.size)
         batches = data.load(split, config.image_size, order, config.workers, {}, range(turns))
         dtype, peak = amp or torch.float32, 0.0
@@ -970,11 +982,11 @@ def cost_report(config: Config) -> None:
             batch = next(batches)
             method.waits.append(1e3 * (time.perf_counter() - asked))
             method.step(batch)
-            if world.size > 1:
-                with getattr(method.network, "no_sync", contextlib.nullcontext)():
+            if overlapped:
+                with method.network.no_sync():
                     method.step(batch)
 
-    cuda, local, every = world.device.type == "cuda", config.batch_size // world.size, 2 if world.size > 1 else 1
+    cuda, local, every = world.device.type == "cuda", config.batch_size // world.size, 2 if overlapped else 1
     machine = {
         "device": torch.cuda.get_device_name() if cuda else platform.machine(), "torch": str(torch.__version__),
         "processes": world.size, "threads": torch.get_num_threads(), "precision": str(dtype),
@@ -985,7 +997,8 @@ def cost_report(config: Config) -> None:
         spans = method.milliseconds()
         synced, alone = ({k: v[i::every][1:] for k, v in spans.items()} for i in (0, every - 1))
         times = {name: float(np.median(values)) for name, values in synced.items()}
-        times["communication"] = float(np.median(synced["step"] - alone["step"]))
+        if not config.micro_batch:  # whose all-reduce comes after the backward, which includes it
+            times["communication"] = float(np.median(synced["step"] - alone["step"]))
         times["wait"] = float(np.mean(method.waits[1:]))  # it comes in bursts
         name = f"{c.method} ({c.metadata_encoder})" if c.metadata_image else c.method
         speed = method.flops * local / times["step"] * 1e3
@@ -1032,6 +1045,13 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would complain of what comes now:
         for worker in multiprocessing.active_children():  # left only when something went wrong
             worker.kill()
+        error = sys.exception()
+        code = getattr(error, "code", 1)
+        if dist.is_initialized() and dist.get_world_size() > 1 and error and code != REQUEUE:
+            # Others may wait for this process, and NCCL's group would wait for them before it lets go: just end
+            print(code, file=sys.stderr) if isinstance(code, str) else traceback.print_exception(error)
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else 1)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1041,15 +1061,16 @@ def train(config: Config, preset: str) -> None:
     # --- processes, data, model ---
     world = World.join()
     device, amp = world.device, precision(config, world.device)
-    if config.batch_size % world.size:
-        raise BadInput(f"--batch-size {config.batch_size}: not a multiple of the {world.size} processes")
     if preset.startswith("demo") and world.first(lambda: not Path(config.data).exists()):
         world.print(f"no --data: preparing the embedded data (NASA imagery, about a minute, once) in {config.data}")
         world.first(lambda: data.prepare_demo(Path(config.data)))
     material = TrainingData(config, world)
     config, fields, splits, per_epoch = material.config, material.fields, material.splits, material.per_epoch
+    path, saved, start = Path(config.output) / "checkpoint.pt", {}, 0
+    world.first(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+    resumed = world.first(lambda: find_checkpoint(path))
     model = build_model(material)
-    if config.init:  # NOTE[PAPER] channel statistics stay the dataset's (supplement A), whatever the weights had seen
+    if config.init and not resumed:  # NOTE[PAPER] channel statistics stay the dataset's (supplement A), whatever the weights had seen
         world.print(load_encoder(model.image_encoder, Path(config.init), config.init_source))
         if config.image_image == "moco":
             model.follow(0.0, torch.tensor(False))  # the key encoder starts there, too
@@ -1063,9 +1084,7 @@ def train(config: Config, preset: str) -> None:
         "schema": asdict(material.schema) if material.encoder == "table" else material.schema,
         "rows": f"{len(splits[0])} {hashlib.sha256(splits[0].names.values).hexdigest()}",
     }  # fmt: skip
-    path, saved, start = Path(config.output) / "checkpoint.pt", {}, 0
-    world.first(lambda: path.parent.mkdir(parents=True, exist_ok=True))
-    if world.first(lambda: find_checkpoint(path)):
+    if resumed:
         saved = restore(path, config, derived, model, optimizer, scaler)
         start = saved["step"]
     set_costs(model, config)
@@ -1126,6 +1145,8 @@ def train(config: Config, preset: str) -> None:
             except BadInput as error:  # scores are of what is there, or none; training need not end for it
                 world.print(f"not scored: {error}")
             model.train()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # the next epoch's figure is of training again
         log[:] = [old for old in log if old.get("epoch") != epoch] + [entry]
         write_lines(path.with_name("log.jsonl"), log)
 
