@@ -383,12 +383,15 @@ def read_fields(folder: Path) -> dict[str, Field]:
     return fields
 
 
+SAMPLE = 100_000  # rows from which fields are inferred
+
+
 def infer_fields(rows: Iterable[dict], kinds: dict[str, str]) -> tuple[dict[str, Field], str]:
-    """Fields of all columns that are metadata, from up to 100,000 rows -> (fields by name, a table of them to print).
+    """Fields of all columns that are metadata, by the first SAMPLE rows -> (fields by name, a table of them to print).
 
     kinds: what the user says a column is, which is not questioned."""
     columns, count = {}, 0
-    for count, row in enumerate(itertools.islice(rows, 100_000), 1):
+    for count, row in enumerate(itertools.islice(rows, SAMPLE), 1):
         for name, value in row.items():
             if is_metadata(name) and value is not None:
                 columns.setdefault(name, []).append(value)
@@ -1804,7 +1807,7 @@ def own(args: argparse.Namespace) -> tuple[Callable[[], Iterable[Item]], int, di
             row = {name: iso(value) for name, value in row.items()}
         return canonical(row)
 
-    sample = list(itertools.islice((row for _, _, row in rows() if isinstance(row, dict)), 100_000))
+    sample = list(itertools.islice((row for _, _, row in rows() if isinstance(row, dict)), SAMPLE))
     path_column = column_of_paths(sample[:20], args.images, args.path_column)
     sample = [clean(row) for row in sample]
     area, told, total, present, sides = args.area or "area", args.split_column or "split", 0, {}, set()

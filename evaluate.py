@@ -705,7 +705,7 @@ def picture_neighbours(features: tuple[Tensor, Tensor], splits: Splits, label: s
     bank, queries = (F.normalize(x, dim=1) for x in (features[0], features[1][chosen]))
     nearest = (queries @ bank.T).topk(min(7, len(train))).indices.tolist()
     columns = 1 + len(nearest[0])
-    figure, ((axis,),) = data.canvas(1, 1, 1.25 * columns, 1.45 * len(chosen))  # one for all: each takes a while to make
+    figure, ((axis,),) = data.canvas(1, 1, 1.25 * columns, 1.45 * len(chosen))  # one for all: axes take their time
     for y, (query, found) in enumerate(zip(chosen, nearest)):
         truth = test.labels[label][query]
         for x, (split, i) in enumerate([(test, query), *((train, i) for i in found)]):
@@ -948,9 +948,13 @@ def blanked(result: dict) -> str:
     return f"no {result['without']}" if "without" in result else f"{result['blanked']:.0%} blank"
 
 
+def learned(result: dict) -> str:
+    return f"{model_name(result)}, {result['features']}"
+
+
 PLOTS = {  # kind -> (what a bar or point stands over, what has a colour of its own, what features are shown)
     "time": (lambda r: r["epochs"], model_name, lambda name: name == "image"),
-    "fields": (lambda r: r["fields"], lambda r: f"{model_name(r)}, {r['features']}", lambda name: name not in MODEL_FREE),
+    "fields": (lambda r: r["fields"], learned, lambda name: name not in MODEL_FREE),
     "modality": (model_name, lambda r: r["features"], lambda name: True),
     "missing": (blanked, model_name, lambda name: True),
 }
@@ -1341,7 +1345,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     c.add_argument("--augment", choices=tuple(data.POLICIES), default="crop", help="its augmentation")
     c.add_argument("--label", help="one label of the dataset; default: all of them")
     c.add_argument("--average-areas", action="store_true", help="average probabilities over the images of an area")
-    c.add_argument("--image-size", type=positive, help="px; default: as in training (224 for --weights, 128 for scalemae)")
+    c.add_argument("--image-size", type=positive, help="px; default: as in training; --weights 224, scalemae 128")
     c.add_argument("--places", type=Path, metavar="FILE", help="draw where on Earth the model places test images")
     c.add_argument("--posteriors", type=Path, metavar="FILE.npz", help="of --protocol ask: ids, classes, probabilities")
     c.add_argument("--map", type=Path, metavar="FILE", help="draw the test features' two principal components")

@@ -214,7 +214,7 @@ TIMESTAMP = re.compile(
 )
 
 
-CLOCK = re.compile(r"(.*?)(?:[T ,]+(\d\d?:\d\d(?::\d\d(?:\.\d+)?)?|\d{6}(?=Z)) ?(Z|[+-]\d\d:?\d\d)?)?", re.ASCII | re.DOTALL)
+CLOCK = re.compile(r"(?s)(.*?)(?:[T ,]+(\d\d?:\d\d(?::\d\d(?:\.\d+)?)?|\d{6}(?=Z)) ?(Z|[+-]\d\d:?\d\d)?)?", re.ASCII)
 DATES = ("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%Y%m%d", "%d %b %Y", "%d-%b-%Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y")
 
 

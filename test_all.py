@@ -47,6 +47,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models import resnet50
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
@@ -1520,6 +1521,31 @@ def test_wilds(tmp_path, capsys):
     assert train_rows[1].items() >= row.items() and "no ground sample distance" in capsys.readouterr().out
 
 
+def test_what_failed_once_is_tried_again(tmp_path):
+    """A disk that could not be read, a copy that was not whole: not for ever in quarantine."""
+    failing = [True]
+
+    def make(i: int):
+        if i == 1 and failing[0]:
+            raise OSError("I/O error")
+        yield data.Sample("train" if i < 2 else "test", {"file_name": f"{i}.png"}, b"...")
+
+    def items():
+        yield from (data.Item(str(i), functools.partial(make, i)) for i in range(3))
+        if failing[0]:
+            raise BadInput("the archive ends here")
+
+    argv = (items, 3, tmp_path / "out", {"source": "x"}, 1, {})
+    assert "start again to go on" in str(pytest.raises(BadInput, data.prepare, *argv).value)
+    assert len((tmp_path / "out.unfinished" / data.JOURNAL).read_text().splitlines()) == 4
+    failing[0] = False
+    data.prepare(*argv)
+    names = [
+        r["file_name"] for split in ("train", "test") for r in json_lines(tmp_path / "out" / split / "metadata.jsonl")
+    ]
+    assert names == ["0.png", "1.png", "2.png"] and not (tmp_path / "out/quarantine.jsonl").read_text()
+
+
 def test_killed_preparation_ends_in_the_same_bytes(fmow, tmp_path):
     """Ten kills of all its processes at random moments; what was done is not done again; other options are refused."""
     source = shutil.copytree(fmow, tmp_path / "source")
@@ -1728,7 +1754,8 @@ DATES = {
     "20150921": "2015-09-21", "21 Sep 2015": "2015-09-21", "September 21, 2015 15:30": "2015-09-21T15:30",
     "2015/09/21 15:30:08 +02:00": "2015-09-21T15:30:08+02:00", "05.05.2015": "2015-05-05", "03/04/2015": None,
     "31/31/2015": None, "2015-09-21T15:30:08.5Z": "2015-09-21T15:30:08.5Z", "next week 5": None, "abc": None,
-    "123456": None,
+    "123456": None, "2015-9-21": "2015-09-21", "21/09/2015 9:30:15": "2015-09-21T09:30:15",
+    "2015-09-21 9:30:15": "2015-09-21T09:30:15", "page 1\nof 2": None,
 }  # fmt: skip
 
 
@@ -1738,6 +1765,27 @@ def test_dates_as_people_write_them(text):
     iso = metadata.iso_timestamp(text)
     assert (iso if parse_timestamp(text) else None) == DATES[text]
     assert metadata.format_value(text, metadata.FIELDS["timestamp"]) == DATES[text]
+
+
+def test_an_empty_dataset_and_a_marked_one(tmp_path, capsys):
+    """No rows: `check` says so, as training does. The mark that some editors write first does no harm."""
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "metadata.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="1"):
+        data.main(["check", str(tmp_path)])
+    assert "no rows" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="no rows"):
+        data.read_split(tmp_path / "train", DEFAULT)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "0.png")
+    (tmp_path / "train" / "metadata.jsonl").write_text('\ufeff{"file_name": "0.png", "gsd": [1, 2]}\n')
+    assert data.read_split(tmp_path / "train", DEFAULT).record(0) == {"file_name": "0.png", "gsd": [1, 2]}
+
+
+def test_blanks():
+    """What tables write for nothing is left out; but a class may be called so."""
+    row = {"label": "none", "label_soil": "-", "label_kind": " ", "soil": "None", "slope": "n/a", "country_code": "NA"}
+    assert metadata.canonical(row) == {"label": "none", "label_soil": "-", "country_code": "NA"}
 
 
 def test_kinds_of_columns():
@@ -1793,6 +1841,21 @@ def write_own(folder: Path, n: int = 60) -> Path:
         lines.append(";".join([str(path.relative_to(folder / "images")), split, *values, f"k{i % 3}", f"text {i}"]))
     (folder / "table.csv").write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8")
     return folder
+
+
+def test_ones_own_table_is_read_to_its_end(tmp_path, monkeypatch):
+    """Sorted by split, with a class that comes late and a text too long for a file's name."""
+    monkeypatch.setattr(data, "SAMPLE", 3)
+    (tmp_path / "images").mkdir()
+    rows = [
+        {"note": "word " * 100, "path": f"{i}.png", "split": s} for i, s in enumerate(["train"] * 4 + ["val", "test"])
+    ]
+    rows[-1]["label_late"] = "peat"
+    for row in rows:
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / row["path"])
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_rows, test_rows, _ = prepared("own", tmp_path / "table.jsonl", tmp_path / "images", tmp_path / "out")
+    assert len(train_rows) == 4 and [(r["file_name"], r["label_late"]) for r in test_rows] == [("5.png", "peat")]
 
 
 @pytest.mark.parametrize("encoder", ["text", "table"])
@@ -2563,6 +2626,49 @@ def test_micro_batches_under_autocast(encoder):
         found.append({name: p.grad for name, p in m.named_parameters()})
     for name, gradient in found[0].items():
         assert (found[1][name] - gradient).norm() < 0.03 * gradient.norm() + 1e-4, name
+
+
+class Numbered(np.ndarray):
+    """Row numbers on the host, as a tensor gives them."""
+
+    def numpy(self) -> np.ndarray:
+        return np.asarray(self)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+@pytest.mark.parametrize("method, encoder", METHODS)
+def test_a_step_on_a_pretended_gpu(method, encoder, micro_batch, monkeypatch):
+    """Augmentation, forward in bf16, losses, optimizer, MoCo's upkeep on tensors that know only shape, type, device:
+    nothing meets a tensor of another device or asks for a value, which would wait; views are float32."""
+    options = {"method": method, "vit": "vit_micro", "image_size": 32, "queue": 256, "optimizer": "adamw"}
+    config = dataclasses.replace(train.configure(options), micro_batch=micro_batch)
+    m = small_model(encoder, config.image_image, vocabulary=20, context=6, queue=24, places=3 * config.geo)
+    gpu, scaler, made, leaves = torch.device("cuda"), torch.amp.GradScaler("cpu", enabled=False), [], []
+    rows, take = np.arange(8).view(Numbered), torch.Tensor.requires_grad_
+
+    def backward(*tensors, **options) -> None:  # the engine itself would need the device
+        for leaf in leaves:
+            leaf.grad = torch.zeros_like(leaf)
+
+    def views(piece: slice) -> torch.Tensor:
+        made.append(train.make_views(images[:, piece], rows[piece], 0, config, ([0.5] * 3, [0.2] * 3)))
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.autograd, "backward", lambda *_: backward())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        m = m.to(gpu).train()
+        leaves += [p for p in m.parameters() if p.requires_grad]
+        monkeypatch.setattr(torch.Tensor, "requires_grad_", lambda x: leaves.append(take(x)) or x)
+        images = torch.zeros(1 + config.temporal, 8, 32, 32, 3, dtype=torch.uint8, device=gpu)
+        codes = torch.zeros(8, dtype=torch.long, device=gpu)
+        text, table = (codes[:, None].expand(8, 6), codes + 6), (images[0, :, 0, :4, 0].float(), codes[:, None])
+        batch = train.Batch(views, {"none": (), "text": text, "table": table}[encoder], 8, codes, codes)
+        optimizer = train.make_optimizer(m, config)
+        logged = train.train_step(m, optimizer, scaler, batch, config, torch.bfloat16, {"stop": 0.0})
+    assert {(x.device.type, x.dtype) for x in [*made, *logged.values()]} == {("cuda", torch.float32)}
 
 
 def test_temperature():

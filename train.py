@@ -1070,7 +1070,7 @@ def train(config: Config, preset: str) -> None:
     world.first(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     resumed = world.first(lambda: find_checkpoint(path))
     model = build_model(material)
-    if config.init and not resumed:  # NOTE[PAPER] channel statistics stay the dataset's (supplement A), whatever the weights had seen
+    if config.init and not resumed:  # NOTE[PAPER] channel statistics stay the dataset's, whatever the weights had seen
         world.print(load_encoder(model.image_encoder, Path(config.init), config.init_source))
         if config.image_image == "moco":
             model.follow(0.0, torch.tensor(False))  # the key encoder starts there, too
