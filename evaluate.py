@@ -1163,7 +1163,7 @@ def models(args: argparse.Namespace) -> Iterator[tuple[Pretrained, list[Path]]]:
     for path in args.checkpoint or ():
         pretrained, state = load_pretrained(path, device)
         patch = 1 if pretrained.model.config.vit == "resnet50" else pretrained.model.config.patch_size
-        pretrained.size = args.image_size or pretrained.size
+        pretrained.size = args.image_size or pretrained.size  # NOTE[DIFF] supplement A: or the images', if larger
         if pretrained.size % patch:
             raise BadInput(f"--image-size {pretrained.size}: not a multiple of the patch size {patch}")
         yield pretrained, args.data or [Path(state["config"]["data"])]

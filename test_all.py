@@ -1862,22 +1862,10 @@ def test_ones_own_table_is_read_to_its_end(tmp_path, monkeypatch):
 def test_ones_own_table_trains_and_evaluates(encoder, tmp_path, capsys):
     """Unknown columns, blanks, four date formats, a category first seen in the test split; a blank is its row's own."""
     source = write_own(tmp_path / "mine")
-    argv = (
-        "own",
-        source / "table.csv",
-        source / "images",
-        tmp_path / "out",
-        "--label",
-        "kind",
-        "--split-column",
-        "split",
-    )
-    train_rows, test_rows, bad = prepared(*argv)
-    assert (len(train_rows), len(test_rows), bad) == (
-        48,
-        12,
-        [],
-    ) and "left out: 60 different values" in capsys.readouterr().out
+    argv = ("own", source / "table.csv", source / "images", tmp_path / "out", "--label", "kind")
+    train_rows, test_rows, bad = prepared(*argv, "--split-column", "split")
+    assert (len(train_rows), len(test_rows), bad) == (48, 12, [])
+    assert "left out: 60 different values" in capsys.readouterr().out
     fields = data.read_fields(tmp_path / "out")
     assert {name: (f.kind, len(f.parts)) for name, f in fields.items()} == {
         "elevation": ("number", 0), "soil": ("category", 0), "acquired": ("timestamp", 0), "location": ("number", 2),
@@ -1887,9 +1875,8 @@ def test_ones_own_table_trains_and_evaluates(encoder, tmp_path, capsys):
     train.main(list(map(str, argv)))
     evaluate.main(["--checkpoint", str(tmp_path / "run/checkpoint.pt"), "--modality", "both", "--workers", "0"])
     pretrained, _ = evaluate.load_pretrained(tmp_path / "run/checkpoint.pt", torch.device("cpu"))
-    assert [f.name for f in pretrained.fields] == list(fields) and {r["soil"] for r in test_rows if "soil" in r} == {
-        "peat"
-    }
+    assert [f.name for f in pretrained.fields] == list(fields)
+    assert {r["soil"] for r in test_rows if "soil" in r} == {"peat"}
 
     def embed(rows: list[dict]) -> torch.Tensor:
         table = pretrained.metadata(data.tabulate(rows, pretrained.fields, captions=True))
