@@ -1927,18 +1927,7 @@ def test_own_options(tmp_path):
     rows += [{"p": "a/none.png"}, {"p": "../table.jsonl"}, {"p": "/etc/hostname"}, {"code": 1}]
     (source / "table.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "[1]\n{\n")
     argv = ["own", source / "table.jsonl", source / "images", tmp_path / "out"]
-    options = [
-        "--types",
-        "code=category",
-        "--dates",
-        "day-first",
-        "--area",
-        "place",
-        "--test-share",
-        "0.3",
-        "--path-column",
-        "p",
-    ]
+    options = "--types code=category --dates day-first --area place --test-share 0.3 --path-column p".split()
     train_rows, test_rows, bad = prepared(*argv, *options)
     assert {r["when"] for r in train_rows} == {"2015-04-03"} and len(train_rows) + len(test_rows) == 40
     assert data.read_fields(tmp_path / "out")["code"].kind == "category"
@@ -2589,13 +2578,8 @@ def test_methods_are_rows_of_options():
     assert parts(of("--method simclr --geo")) == parts(of("--method simclr-geo")) == (False, "simclr", True, False)
     assert parts(of("--method satmips-tp --no-temporal --image-image moco")) == (True, "moco", False, False)
     moco = of("--method moco-tp")
-    assert (moco.optimizer, moco.base_lr, moco.vit, moco.queue, moco.temperature) == (
-        "sgd",
-        0.03,
-        "resnet50",
-        65536,
-        0.2,
-    )
+    assert (moco.optimizer, moco.base_lr, moco.vit) == ("sgd", 0.03, "resnet50")
+    assert (moco.queue, moco.temperature) == (65536, 0.2)
     assert (moco.batch_size, moco.weight_decay, moco.mlp_out, moco.key_momentum) == (256, 1e-4, 128, 0.999)
 
 
@@ -2714,6 +2698,9 @@ def test_too_many_skipped_steps_stop_the_run(dataset, tmp_path):
     assert regex.search("loss was not finite in 10 steps in a row.*base-lr", complaint(train.main, *argv))
     skipped = [line for line in json_lines(tmp_path / "log.jsonl") if "not_finite" in line]
     assert [(line["step"], len(line["files"])) for line in skipped] == [(step, 16) for step in range(1, 11)]
+    argv = [*TINY, "--data", dataset, "--output", tmp_path / "tp", "--epochs", 4, "--loss-weight", "inf", "--temporal"]
+    assert "not finite" in complaint(train.main, *argv, "--eval-every", 0)
+    assert len(json_lines(tmp_path / "tp" / "log.jsonl")[0]["files"]) == 32, "and of those that they were compared with"
 
 
 def test_an_fp16_scale_that_collapses_stops_the_run(dataset, tmp_path):

@@ -753,8 +753,12 @@ class Watch:
     They are means over all processes, so that all see the same, and stop, or go on, together.
     """
 
-    def __init__(self, world: World, config: Config, split: data.Split, scaler: torch.amp.GradScaler, log: list[dict]):
+    def __init__(
+        self, world: World, config: Config, split: data.Split, scaler: torch.amp.GradScaler, log: list[dict],
+        partners: data.Partners | None = None,
+    ):  # fmt: skip
         self.world, self.config, self.split, self.scaler, self.log = world, config, split, scaler, log
+        self.partners = partners
         self.run, self.last, self.skipped, self.unreadable = Path(config.output), None, 0, {}
 
     def look(self, step: int | None = None, logged: dict | None = None, faults: dict | None = None) -> bool:
@@ -790,6 +794,7 @@ class Watch:
     def note_skipped(self, step: int, broken: list[str]) -> None:
         config, n = self.config, len(self.split)
         rows = data.Order(n, config.batch_size, config.seed)[step]  # of all processes
+        rows = torch.cat([rows, self.partners(rows, step)]) if self.partners else rows
         files = [self.split.names[row] for row in rows.tolist()]
         self.log.append({"step": step + 1, "not_finite": broken, "files": files})
         write_lines(self.run / "log.jsonl", self.log)
@@ -1162,7 +1167,7 @@ def train(config: Config, preset: str) -> None:
         end_epoch(start)
     faults = {}
     batches = material.batches(world, range(start, steps), faults)
-    watch, signals = Watch(world, config, splits[0], scaler, log), Signals()
+    watch, signals = Watch(world, config, splits[0], scaler, log, material.partners), Signals()
     began, line = time.perf_counter(), Meter(device)
     for step in range(start, steps):
         epoch, asked = step // per_epoch, time.perf_counter()
