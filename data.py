@@ -2148,7 +2148,7 @@ def run(args: argparse.Namespace) -> None:
     if args.command == "demo":
         prepare_demo(args.folder, args.train, args.test, args.seed)
     elif args.command == "check":
-        sys.exit(0 if check(args.folder, args.jobs, args.json) else 1)
+        sys.exit(0 if check(args.folder, max(1, args.jobs), args.json) else 1)
     elif args.command == "show":
         print("drawn: " + ", ".join(map(str, show(args.folder, args.fields, args.output))))
     else:
@@ -2169,11 +2169,22 @@ def run(args: argparse.Namespace) -> None:
         print(f"{describe(args.command, args.folder, args.jobs)}\n{report}")
 
 
-def main(argv: list[str] | None = None) -> None:
+@contextlib.contextmanager
+def errors_in_one_line(*kinds: type[Exception]) -> Iterator[None]:
+    """What a user can mend ends each program with one line and status 1."""
     try:
-        run(parser().parse_args(argv))
-    except (BadInput, OSError) as error:
+        yield
+    except (BadInput, OSError, *kinds) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"error: a worker was killed, perhaps for want of memory; try fewer ({error})")
+
+
+def main(argv: list[str] | None = None) -> None:
+    with errors_in_one_line():
+        run(parser().parse_args(argv))
 
 
 if __name__ == "__main__":

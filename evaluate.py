@@ -1082,7 +1082,7 @@ def write_rows(path: Path, rows: Callable[[int], Iterator[Tensor]], n: int, widt
 def export(args: argparse.Namespace) -> None:
     """The command: the image encoder for other programs (encoder.pt, encoder.json) and, with --data, the features of
     a dataset (<split>.<modality>.npy) with the file names of their rows (<split>.ids.json)."""
-    pretrained, state = load_pretrained(args.checkpoint, torch.device(args.device))
+    pretrained, state = load_pretrained(args.checkpoint, args.device)
     if "metadata" in args.modality and pretrained.encoder == "none":
         raise BadInput(f"{args.checkpoint}: {state['config']['method']} has no metadata encoder; use --modality image")
     c, out = pretrained.model.config, args.output
@@ -1154,14 +1154,13 @@ def report(path: Path, splits: Splits, workers: int, device: torch.device) -> st
 
 def models(args: argparse.Namespace) -> Iterator[tuple[Pretrained, list[Path]]]:
     """What the command evaluates, each checkpoint or the weights of others, and on which datasets."""
-    device = torch.device(args.device)
     if args.weights:
         if args.source is None or args.data is None:
             raise BadInput(f"--weights {args.weights}: say --source ({', '.join(SOURCES)}) and --data")
         size = args.image_size or (128 if args.source == "scalemae" else 224)  # supplement A
-        yield load_foreign(args.weights, args.source, args.heads, args.position_scale, size, device), args.data
+        yield load_foreign(args.weights, args.source, args.heads, args.position_scale, size, args.device), args.data
     for path in args.checkpoint or ():
-        pretrained, state = load_pretrained(path, device)
+        pretrained, state = load_pretrained(path, args.device)
         patch = 1 if pretrained.model.config.vit == "resnet50" else pretrained.model.config.patch_size
         pretrained.size = args.image_size or pretrained.size  # NOTE[DIFF] supplement A: or the images', if larger
         if pretrained.size % patch:
@@ -1307,11 +1306,19 @@ def print_plot(args: argparse.Namespace) -> None:
 METRICS = ("accuracy", "macro_f1", "paper")
 
 
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+def positive(text: str, low: int = 1) -> int:
+    """A whole number, for argparse."""
+    if not text.isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
     return int(text)
+
+
+def device(text: str) -> torch.device:
+    """A device of torch's, for argparse."""
+    try:
+        return torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; cuda, cuda:1 or cpu") from None
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -1360,8 +1367,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     t.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results.jsonl of train.py or score --output")
     t.add_argument("--paper", metavar="NUMBER", help="as this table of the paper, its numbers beside: 2-6, S4-S6, S8")
     for reader in (c, e):
-        reader.add_argument("--workers", type=int, default=2, help="processes that decode images")
-        reader.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        reader.add_argument("--workers", type=lambda text: positive(text, 0), default=2, help="that decode images")
+        reader.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     for reader in (t, p):
         reader.add_argument("--k", type=positive, help=f"of the kNN results shown; default {K}, with --paper as there")
     for table in (c, t):
@@ -1377,10 +1384,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(sys.argv[1:] if argv is None else argv)
-    try:
+    with data.errors_in_one_line(WrongWeights):
         args.command(args)
-    except (BadInput, WrongWeights, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

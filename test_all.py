@@ -3514,6 +3514,14 @@ def test_protocols_of_both_encoders(run, dataset, name, tmp_path, capsys):
 # What a user can get wrong: one clear line and a non-zero exit
 
 
+@pytest.mark.parametrize("option", ["--device gpu", "--workers -1", "--image-size 0"])
+def test_values_that_no_option_takes(option, capsys):
+    """Said by argparse, before anything is read."""
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["--checkpoint", "x", *option.split()])
+    assert f"argument {option.split()[0]}: '{option.split()[1]}' is not a" in capsys.readouterr().err
+
+
 def complaint(main, *argv) -> str:
     """The single line that the program ends with, exit status 1."""
     with pytest.raises(SystemExit) as stopped:

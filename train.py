@@ -1034,17 +1034,12 @@ def cost_report(config: Config) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        config, preset = parse_config(argv)
-        cost_report(config) if config.benchmark else train(config, preset)
-    except (BadInput, WrongWeights, OSError) as error:
-        sys.exit(f"error: {error}")
+        with data.errors_in_one_line(WrongWeights):
+            config, preset = parse_config(argv)
+            cost_report(config) if config.benchmark else train(config, preset)
     except KeyboardInterrupt:
         print("interrupted; start again to resume from the last checkpoint")
         sys.exit(128 + signal.SIGINT)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        sys.exit(f"error: a worker was killed, perhaps for want of memory; try fewer --workers ({error})")
     finally:
         Signals.reset()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would complain of what comes now:
