@@ -108,10 +108,13 @@ def load_weights(model: SatMIP, weights: dict[str, Tensor], path: Path) -> None:
 def load_pretrained(path: Path, device: torch.device) -> tuple[Pretrained, dict]:
     """-> the model of a checkpoint, ready for evaluation, and the checkpoint itself."""
     state = read_checkpoint(path)
-    model = SatMIP(ModelConfig(**state["model_config"]))
+    try:
+        model = SatMIP(ModelConfig(**state["model_config"]))
+        schema = TableSchema(**state["schema"]) if isinstance(state["schema"], dict) else state["schema"]
+        fields = tuple(Field(**{**field, "parts": tuple(field["parts"])}) for field in state["fields"])
+    except TypeError as error:
+        raise BadInput(f"{path}: made by another version of this program ({error})") from None
     load_weights(model, state["model"], path)
-    schema = TableSchema(**state["schema"]) if isinstance(state["schema"], dict) else state["schema"]
-    fields = tuple(Field(**{**field, "parts": tuple(field["parts"])}) for field in state["fields"])
     pretrained = Pretrained(model.to(device).eval(), fields, schema, device)
     config, log = state["config"], path.with_name("log.jsonl")
     pretrained.about = {

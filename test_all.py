@@ -3514,6 +3514,14 @@ def test_protocols_of_both_encoders(run, dataset, name, tmp_path, capsys):
 # What a user can get wrong: one clear line and a non-zero exit
 
 
+def test_a_checkpoint_of_another_version(run, tmp_path):
+    """An option of the model that this program does not know: one line."""
+    state = checkpoint(run("simclr"))
+    state["model_config"]["colour"] = "blue"
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert "another version of this program" in complaint(evaluate.main, "--checkpoint", tmp_path / "checkpoint.pt")
+
+
 @pytest.mark.parametrize("option", ["--device gpu", "--workers -1", "--image-size 0"])
 def test_values_that_no_option_takes(option, capsys):
     """Said by argparse, before anything is read."""
