@@ -493,8 +493,8 @@ class SatMIP(nn.Module):
 
     With MoCo the second view goes through a slowly following copy of the image encoder and of its head, and is
     compared with a queue of earlier keys. Its ResNet-50 keeps batch statistics per process, as the original does: that
-    the statistics of queries and keys differ is part of the method, hence the deal of `encode_keys`, and its results depend
-    on the number of processes. A ViT has no batch statistics, and MoCo's head neither.
+    the statistics of queries and keys differ is part of the method (`encode_keys`), so its results depend on the number
+    of processes. A ViT has no batch statistics, and MoCo's head neither.
     """
 
     def __init__(self, config: ModelConfig):
