@@ -2527,10 +2527,6 @@ def test_moco():
     optimizer.param_groups[0]["lr"] = 0.1
     assert optimizer.param_groups[0]["momentum"] == 0.9 and optimizer.param_groups[0]["weight_decay"] == 1e-4
     plain = torch.amp.GradScaler("cpu", enabled=False)
-    nothing = dataclasses.replace(config, temperature=math.nan)
-    state = copy.deepcopy(m.state_dict())
-    assert train.train_step(m, optimizer, plain, batch_of(*batch), nothing, None, {})["skipped"]
-    assert same(dict(m.state_dict()), dict(state)), "what a step that is not finite has found is not kept"
     for step in range(3):
         queue, before = m.queue.clone(), copy.deepcopy(m)
         logged = train.train_step(m, optimizer, plain, batch_of(*batch), config, None, {})
@@ -2548,6 +2544,9 @@ def test_moco():
         assert worst(m.queue[at], own) < 1e-5
         left = [i for i in range(20) if i not in at]
         assert torch.equal(m.queue[left], queue[left])
+    nothing, state = dataclasses.replace(config, temperature=math.nan), copy.deepcopy(m.state_dict())
+    assert train.train_step(m, optimizer, plain, batch_of(*batch), nothing, None, {})["skipped"]
+    assert same(dict(m.state_dict()), dict(state)), "what a step that is not finite has found is not kept"
 
 
 def test_wrong_combinations():
@@ -3261,7 +3260,7 @@ def write_curves(rank: int, world: int, folder: str) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_cost_report(dataset, tmp_path, world, capsys):
     """A table for the machine, for each part of a step, and for each method beside SimCLR; the same as JSON lines."""
-    argv = ["--benchmark", "--benchmark-rounds", "2", *TINY, "--output", str(tmp_path / "cost.jsonl")]
+    argv = ["--benchmark", "--benchmark-rounds", "1", *TINY, "--output", str(tmp_path / "cost.jsonl")]
     if world == 1:
         train.main(argv)
         said = capsys.readouterr().out
@@ -3276,7 +3275,7 @@ def test_cost_report(dataset, tmp_path, world, capsys):
     for line in lines:
         communication, step = line["ms"].pop("communication"), line["ms"].pop("step")
         assert (communication != 0) == (world == 2) and min(line["ms"].values()) > 0
-        assert sum(line["ms"].values()) - line["ms"]["wait"] < 1.5 * step, "medians do not add up exactly"
+        assert 0.5 * step < sum(line["ms"].values()) - line["ms"]["wait"] <= 1.001 * step, "of one round they add up"
         assert 0 < line["GiB"] < 8 and line["machine"]["processes"] == world
     whole = json_lines(tmp_path / "cost.jsonl")
     other = [line | {"config": line["config"] | {"batch_size": 99}} for line in whole]
