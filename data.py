@@ -290,8 +290,9 @@ def read_split(folder: Path, fields: tuple[Field, ...], captions: bool = False) 
     What was read is kept under a name that holds what it depends on: the file's size and time, the fields, this code;
     and mapped into memory, copy-on-write, so that torch may wrap it."""
     path = metadata_file(folder)
-    stat, ours = path.stat(), [Path(__file__).with_name(n).read_bytes() for n in ("data.py", "metadata.py")]
-    depends = repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns, fields, captions, ours))
+    stat, ours = path.stat(), [Path(__file__).with_name(n) for n in ("data.py", "metadata.py")]
+    code = [file.read_bytes() for file in ours]
+    depends = repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns, fields, captions, code))
     prefix, digest = (hashlib.sha256(text.encode()).hexdigest() for text in (str(path.resolve()), depends))
     prefix, root = f"{folder.name}-{prefix[:8]}", cache_folder(folder.parent)
     cache = root / f"{prefix}-{digest[:20]}"
@@ -303,9 +304,10 @@ def read_split(folder: Path, fields: tuple[Field, ...], captions: bool = False) 
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(file.name, cache)  # another process may have been faster
-        for old in root.glob(f"{prefix}-*"):  # of an earlier state of the file, not of other fields
+        newest = max(file.stat().st_mtime_ns for file in (path, *ours))
+        for old in root.glob(f"{prefix}-*"):  # of an earlier state of the file or the code, not of other fields
             with contextlib.suppress(OSError):  # another process may be removing it
-                if old.stat().st_mtime_ns < stat.st_mtime_ns:
+                if old.stat().st_mtime_ns < newest:
                     old.unlink()
     kept = torch.load(cache, mmap=True, weights_only=True)
     name_ends, names, line_ends, lines, token_ends, tokens, numbers = (values.numpy() for values in kept["arrays"])
