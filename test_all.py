@@ -2708,10 +2708,11 @@ def test_too_many_skipped_steps_stop_the_run(dataset, tmp_path):
 
 def test_an_fp16_scale_that_collapses_stops_the_run(dataset, tmp_path):
     """Gradients that overflow are how the scaler finds its scale; below 1 it has found none."""
-    config, split = train.Config(output=str(tmp_path)), data.read_split(dataset / "train", DEFAULT)
+    world, config = train.World(0, 1, torch.device("cpu")), train.Config(data=str(dataset), output=str(tmp_path))
+    material = train.TrainingData(dataclasses.replace(config, batch_size=16, image_size=32, workers=0), world)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(torch.ones(()))
-    watch = train.Watch(train.World(0, 1, torch.device("cpu")), config, split, scaler, [])
+    watch = train.Watch(world, material, scaler, [])
     logged = {"loss": torch.tensor(1.0), "gradient": torch.tensor(math.inf)}
     logged |= {"unreadable": torch.tensor(0.0), "stop": torch.tensor(0.0)}
     for step in range(20):

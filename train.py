@@ -753,13 +753,10 @@ class Watch:
     They are means over all processes, so that all see the same, and stop, or go on, together.
     """
 
-    def __init__(
-        self, world: World, config: Config, split: data.Split, scaler: torch.amp.GradScaler, log: list[dict],
-        partners: data.Partners | None = None,
-    ):  # fmt: skip
-        self.world, self.config, self.split, self.scaler, self.log = world, config, split, scaler, log
-        self.partners = partners
-        self.run, self.last, self.skipped, self.unreadable = Path(config.output), None, 0, {}
+    def __init__(self, world: World, material: TrainingData, scaler: torch.amp.GradScaler, log: list[dict]):
+        self.world, self.scaler, self.log = world, scaler, log
+        self.config, self.split, self.partners = material.config, material.splits[0], material.partners
+        self.run, self.last, self.skipped, self.unreadable = Path(self.config.output), None, 0, {}
 
     def look(self, step: int | None = None, logged: dict | None = None, faults: dict | None = None) -> bool:
         """Judge the step before and keep this one for later (none: before a checkpoint) -> whether to stop."""
@@ -1162,7 +1159,7 @@ def train(config: Config, preset: str) -> None:
         end_epoch(start)
     faults = {}
     batches = material.batches(world, range(start, steps), faults)
-    watch, signals = Watch(world, config, splits[0], scaler, log, material.partners), Signals()
+    watch, signals = Watch(world, material, scaler, log), Signals()
     began, line = time.perf_counter(), Meter(device)
     for step in range(start, steps):
         epoch, asked = step // per_epoch, time.perf_counter()
