@@ -15,6 +15,7 @@ import json
 import math
 import multiprocessing
 import random
+import runpy
 import struct
 import sys
 import tempfile
@@ -182,3 +183,245 @@ def process(rank: int, world: int, folder: str, work: Callable, args: tuple) -> 
     torch.save(work(rank, world, *args), f"{folder}/{rank}")
     dist.barrier()
     dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------
+# metadata.py
+
+
+def test_parse_fields():
+    """In the order asked for; "all" are the dataset's own or the paper's 15; wrong names are told."""
+    own = {"height": metadata.Field("height", "number")}
+    assert len(ALL) == 15 and metadata.names_of(DEFAULT) == "gsd,timestamp,location"
+    assert metadata.names_of(parse_fields("utm_zone, height,gsd", own)) == "utm_zone,height,gsd"
+    assert metadata.names_of(parse_fields("all", own)) == "height"
+    assert "no 'gds'; choose from gsd, " in refusal(parse_fields, "gds")
+    assert "names gsd twice" in refusal(parse_fields, "gsd,location,gsd")
+
+
+NEVER = [None, "", "  ", nan, math.inf, -math.inf, True, False, [], {}]
+MALFORMED = {
+    "gsd": [[1], [1, 2, 3], [1, None], [1, nan], [0, 1], [[1], 2], 0, -1, {"x": 1, "y": 2}, "abc"],
+    "multispectral_gsd": [[1], 0, "1_0", "nan", "inf", "1e999", 10**400],
+    "pixel_size": [[1e-4, math.inf], ["a", "b"], [True, 1]],
+    "timestamp": [
+        "2004-13-01", "2004-13", "2004-00", "2004-10-00", "2004-02-30", "2004-10-", ["2004"], "now",
+        "2015-09-21T25:00", "2015-09-21T15:61", "2015-09-21T15:30:61Z", "2015-09-21T15:30+99:99",
+    ],
+    "location": [
+        [181, 0], [-181, 0], [0, 91], [0, -90.1], [None, 1], [1, nan], 12, [1, 2, 3], [1], ["", 1],
+    ],
+    "country_code": [["PER"], 1.5, {"a": 1}],
+    "cloud_cover": [-1, 101, [14], "cloudy"],
+    "wavelengths": [[661, 545], [661, 545, -1], 661],
+    "sun_elevation_angle": [91, -91],
+    "sun_azimuth_angle": [361],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ALL, ids=lambda field: field.name)
+def test_malformed_values_are_missing(field):
+    """Left out of the caption, NaN or None in the table; other fields stay as they are."""
+    rest = tuple(other for other in ALL if other != field)
+    for bad in NEVER + MALFORMED.get(field.name, []):
+        record = {**POSTER, field.name: bad}
+        assert caption(record, ALL) == caption(POSTER, rest), bad
+        numbers, categories = metadata.table_rows([record], (field,))
+        assert np.isnan(numbers).all() and categories == [[None] * (field.kind == "category")], bad
+
+
+TIMES = {
+    "2015-09-21T15:30:08Z": [2015, 9, 21, 15, 0],
+    " 2015-09-21 15:30 ": [2015, 9, 21, 15, 0],
+    "2015-09-21T15:30:08.123456Z": [2015, 9, 21, 15, 0],
+    "2004": [2004, nan, nan, nan, nan],
+    "2004-10": [2004, 10, nan, nan, nan],
+    "2004-10-05": [2004, 10, 5, nan, 1],
+    "2015-01-01T00:30:00+02:00": [2014, 12, 31, 22, 2],
+    "2014-12-31T20:30:00-0500": [2015, 1, 1, 1, 3],
+    "2017-06-01T00:10": [2017, 6, 1, 0, 3],
+    "2000-02-29": [2000, 2, 29, nan, 1],
+}
+
+
+@pytest.mark.parametrize("text", TIMES)
+def test_timestamps(text):
+    """Year, month, day, hour and weekday in UTC; a date may stop early."""
+    np.testing.assert_equal(metadata.parse_timestamp(text), TIMES[text])
+
+
+def test_captions_are_the_posters(capsys):
+    """All 15 fields as the poster prints them, 207 tokens; the three defaults are 67."""
+    text = (
+        "gsd: [11.4546, 9.1344], multispectral_gsd: 41.1896, pixel_size: [1.03e-04, 8.23e-05], "
+        "timestamp: 2015-09-21T15:30:08Z, location: [-73.310776, -3.785814], utm_zone: 18M, "
+        "country_code: PER, cloud_cover: 14, scan_direction: Reverse, wavelengths: [661, 545, 477],"
+        " target_azimuth_angle: 39.12, sun_azimuth_angle: 77.28, sun_elevation_angle: 70.44, "
+        "off_nadir_angle: 27.70, sensor_platform: GEOEYE01"
+    )
+    assert caption(POSTER, ALL) == text
+    assert caption(POSTER, parse_fields("utm_zone,gsd")) == "utm_zone: 18M, gsd: [11.4546, 9.1344]"
+    assert caption({"gsd": "7", "utm_zone": 18.0}, ALL) == "gsd: [7.0000, 7.0000], utm_zone: 18"
+    runpy.run_path(str(HERE / "metadata.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert f"{text}\n  207 tokens" in said and "\n  67 tokens" in said
+
+
+def test_survey():
+    """What can be read of each field, an example of what cannot, and rows with equal metadata."""
+    rows = [{"gsd": 1}, {"gsd": "1", "timestamp": "2004"}, {"gsd": [1, 1]}, {"gsd": "one m"}, {}]
+    found = metadata.survey(rows, DEFAULT)
+    assert found.rows == 5 and found.readable == {"gsd": 3, "timestamp": 1, "location": 0}
+    assert found.unreadable == {"gsd": "one m"}
+    assert found.repeated == 4, "the first and the third, the last two"
+    for part in ("5 rows", "gsd 60%", "'one m'", "location 0%", "4 rows (80%)"):
+        assert part in str(found)
+
+
+def test_text_reader():
+    """Rows with start, end and padding 0, as wide as the longest; the end survives truncation."""
+    fields = (metadata.Field("a", "category"),)
+    records = [{"a": "cat"}, {}, {"a": "hello world diagram"}]
+    encode = metadata.Tokenizer().encode
+    a, colon, cat, hello, world, diagram = encode("a: cat hello world diagram")
+    start, end = 49406, 49407
+    reader = TextReader.fit(records, fields)
+    assert reader.sizes() == {"context": 7}
+    tokens, lengths = reader(records)
+    assert lengths.tolist() == [5, 2, 7] and tokens.tolist() == [
+        [start, a, colon, cat, end, 0, 0],
+        [start, end, 0, 0, 0, 0, 0],
+        [start, a, colon, hello, world, diagram, end],
+    ]
+    assert reader(records[:1])[0].shape == (1, 5)
+    tokens, lengths = reader([{"a": "hello world diagram cat cat cat"}])
+    assert tokens.tolist() == [[start, a, colon, hello, world, diagram, end]]
+    assert "no training row has any of a" in refusal(TextReader.fit, [{}, {"a": ""}], fields)
+
+
+def test_table_reader():
+    """Standardised with the statistics of the known training values; NaN stays NaN, missing is row
+    0, unknown row 1; a constant feature is 0."""
+    fields = parse_fields("cloud_cover,location,country_code")
+    training = [("10", [5, 1], "B"), (30, None, "A"), (None, [5, " 3 "], None), (20, [5, 2], "A")]
+    a, b = (200 / 3) ** 0.5, (2 / 3) ** 0.5
+
+    def records(rows: list[tuple]) -> list[dict]:
+        return [dict(zip(("cloud_cover", "location", "country_code"), row)) for row in rows]
+
+    reader = TableReader.fit(records(training), fields)
+    assert reader.categories == [["A", "B"]]
+    assert reader.sizes() == {"numbers": 3, "categories": (4,)}
+    np.testing.assert_allclose([reader.mean, reader.std], [[20, 5, 2], [a, 1, b]])
+    numbers, categories = reader(records([*training, (40, [6, 4], "C")]))
+    np.testing.assert_allclose(numbers, [
+        [-10 / a, 0, -1 / b], [10 / a, nan, nan], [nan, 0, 1 / b], [0, 0, 0], [20 / a, 1, 2 / b],
+    ], rtol=1e-6)  # fmt: skip
+    assert categories.tolist() == [[3], [2], [0], [2], [1]]
+    assert (numbers.dtype, categories.dtype) == (torch.float32, torch.int64)
+    constant = TableReader.fit([{"gsd": 0.1}] * 3, DEFAULT[:1])([{"gsd": 0.1}])[0]
+    assert constant.abs().max() < 1e-9, "rounding errors are not amplified"
+    assert "no training row has any of gsd,t" in refusal(TableReader.fit, [{"gsd": 0}], DEFAULT)
+
+
+@pytest.mark.parametrize("kind", ["text", "table"])
+@torch.no_grad()
+def test_a_missing_value_concerns_its_own_row_only(kind):
+    """Any field of any row gone: that row's embedding changes, no other; missing is no number."""
+    records = []
+    for i, country in enumerate("ABCABC"):
+        records.append(POSTER | {"cloud_cover": i, "country_code": country, "gsd": [1 + i, 2]})
+    reader = metadata.READERS[kind].fit(records, ALL)
+    if kind == "text":
+        encoder = model.TextTransformer(49408, **reader.sizes(), width=32, layers=2, heads=4)
+    else:
+        encoder = model.FTTransformer(**reader.sizes(), width=32, layers=2, heads=4)
+    randomise(encoder)
+    before = encoder(*reader(records))
+    for i, field in enumerate(ALL):
+        row = i % 6
+        changed = records[:row] + [records[row] | {field.name: None}] + records[row + 1 :]
+        difference = (encoder(*reader(changed)) - before).abs().amax(1)
+        assert difference[row] > 1e-3, field.name
+        assert difference[torch.arange(6) != row].max() < 1e-5, field.name
+    missing, mean, zero = encoder(*reader([POSTER | {"cloud_cover": v} for v in (None, 2.5, 0)]))
+    assert worst(mean, missing) > 1e-3 and worst(zero, missing) > 1e-3
+
+
+CLIP_IDS = {  # ids of CLIP's own tokenizer
+    "a diagram": [320, 22697],
+    "": [],
+    "Hello,   WORLD!\n\t": [3306, 267, 1002, 256],
+    "\U0001f6f0\ufe0f satellite \U0001f30d": [11306, 34777, 10316, 18641],
+    "cafe\u0301 na\xefve \xc5NGSTR\xd6M": [
+        15304, 1097, 35689, 563, 23176, 10352, 807, 7255, 332,
+    ],
+    "\u4eba\u5de5\u885b\u661f \uc704\uc131": [
+        36839, 161, 115, 98, 164, 94, 249, 42891, 509, 20909, 226, 15074, 365,
+    ],
+    "&lt;3 &amp;amp; 5&nbsp;km": [283, 274, 261, 276, 4590],
+    "it's we're I'LL don't he'd": [585, 568, 649, 982, 328, 1342, 847, 713, 797, 1896],
+    "\u201cquotes\u201d \u2018n\u2019 it\u2019s": [257, 5808, 257, 262, 333, 262, 585, 568],
+    "a\x00b\x1b[31mred\x7f": [596, 736],
+    "\xbd \xb2 \u2167 2015-09": [
+        33613, 41175, 158, 227, 371, 273, 271, 272, 276, 268, 271, 280,
+    ],
+    "\u0130stanbul \u1e9etra\xdfe \u01c5": [
+        328, 16384, 11231, 127, 253, 752, 127, 253, 324, 67, 129, 378,
+    ],
+    "sch\xc3\xb6n &eacute;": [844, 7255, 333, 4166],
+    "\ufb01 \uff26\uff55\uff4c\uff4c": [3589, 1476],
+    "_foo__bar--": [318, 23435, 3838, 2411, 2432],
+    "\u0928\u092e\u0938\u094d\u0924\u0947": [3124, 101, 48254, 28505, 19389, 27263, 25130],
+    "\u200b\xa0x\u2028y": [9844, 343, 344],
+    "<|endoftext|> a <|startoftext|>": [49407, 320, 49406],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", CLIP_IDS, ids=ascii)
+def test_token_ids_are_clips(text):
+    """From plain words to emoji, CJK and control characters."""
+    tokenizer = metadata.default_tokenizer()
+    assert tokenizer.encode(text) == CLIP_IDS[text]
+    assert tokenizer(text) == [49406, *CLIP_IDS[text], 49407]
+
+
+def slow_tokenizer() -> Callable[[str], list[int]]:
+    """Byte-pair encoding, one pair at a time: its symbols from the merges file, numbered."""
+    lines = gzip.open(metadata.VOCABULARY, "rt", encoding="utf-8").read().split("\n")
+    merges = [tuple(line.split()) for line in lines[1:48895]]
+    rank = {pair: i for i, pair in enumerate(merges)}
+    letters = {b: chr(b) for b in range(256) if chr(b).isprintable() and b != 32}
+    others = [b for b in range(256) if b not in letters]
+    letters |= {b: chr(256 + i) for i, b in enumerate(others)}
+    symbols = [*letters.values(), *(c + "</w>" for c in letters.values()), *map("".join, merges)]
+    ids = {symbol: i for i, symbol in enumerate(symbols)}
+    words = regex.compile(r"'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.I)
+
+    def encode(text: str) -> list[int]:
+        result, text = [], html.unescape(html.unescape(ftfy.fix_text(text)))
+        for word in words.findall(" ".join(text.split()).lower()):
+            parts = [letters[b] for b in word.encode()]
+            parts[-1] += "</w>"
+            while True:
+                pairs = list(zip(parts, parts[1:]))
+                ranks = [rank.get(pair, math.inf) for pair in pairs]
+                if min(ranks, default=math.inf) == math.inf:
+                    break
+                i = ranks.index(min(ranks))
+                parts[i : i + 2] = ["".join(pairs[i])]
+            result += [ids[part] for part in parts]
+        return result
+
+    return encode
+
+
+def test_tokenizer_equals_a_slow_transcription():
+    """On random Unicode; half a surrogate pair does not stop it."""
+    slow, fast, rng = slow_tokenizer(), metadata.default_tokenizer(), random.Random(0)
+    ranges = [(32, 127)] * 3 + [(0, 768), (768, 0x3000), (0x3000, 0xD800), (0xE000, 0x10FFFF)]
+    for _ in range(300):
+        letters = [chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(40))]
+        text = "".join(letters)
+        assert fast.encode(text) == slow(text), ascii(text)
+    assert fast.encode("a \ud800") and fast.encode("\udfff b")
