@@ -425,3 +425,361 @@ def test_tokenizer_equals_a_slow_transcription():
         text = "".join(letters)
         assert fast.encode(text) == slow(text), ascii(text)
     assert fast.encode("a \ud800") and fast.encode("\udfff b")
+
+
+# --------------------------------------------------------------------------------------------------
+# model.py
+
+
+def slow_norm(layer, x: torch.Tensor, eps: float) -> torch.Tensor:
+    scaled = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + eps).sqrt()
+    return layer.weight * scaled + layer.bias
+
+
+def slow_encoder(encoder, x: torch.Tensor, eps: float, heads: int) -> torch.Tensor:
+    """One sample's tokens [L, D] through every block in full, attention head by head -> [D]."""
+    table = isinstance(encoder, model.FTTransformer)
+    for i, block in enumerate(encoder.blocks):
+        y = x if table and i == 0 else slow_norm(block.norm1, x, eps)
+        y = y @ block.attn.qkv.weight.T + block.attn.qkv.bias
+        mixed = []
+        for q, k, v in zip(*(part.chunk(heads, dim=1) for part in y.chunk(3, dim=1))):
+            weights = torch.exp(q @ k.T / math.sqrt(q.shape[1]))
+            mixed.append(weights / weights.sum(1, keepdim=True) @ v)
+        x = x + torch.cat(mixed, dim=1) @ block.attn.proj.weight.T + block.attn.proj.bias
+        y = slow_norm(block.norm2, x, eps) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
+        if table:  # ReGLU
+            a, b = y.chunk(2, dim=1)
+            y = a * b.clamp(min=0)
+        else:  # GELU
+            y = y * (1 + torch.erf(y / math.sqrt(2))) / 2
+        x = x + y @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
+    return slow_norm(encoder.norm, x, eps)[0]
+
+
+def test_parameter_counts():
+    """ViT-S/16, the text and table encoders, SLIP's head and the projections, counted by hand."""
+
+    def count(module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    with torch.device("meta"):
+        sizes = dict(metadata_width=192, numbers=9, categories=(4,), image_image="simclr")
+        table = model.SatMIP(model.ModelConfig(metadata_encoder="table", **sizes))
+        text = model.SatMIP(model.ModelConfig(metadata_encoder="text"))
+    small, wide = (12 * w**2 + 13 * w for w in (384, 512))  # qkv, proj, two layers of 4 w, norms
+    assert count(table.image_encoder) == 12 * small + (769 + 1 + 197 + 2) * 384 == 21_665_664
+    assert count(text.metadata_encoder) == 3 * wide + (49408 + 77 + 2) * 512
+    reglu = 4 * 192 * 193 + 193 * 512 + 257 * 192 + 4 * 192  # hidden width 4/3 of 192
+    blocks = 3 * reglu - 2 * 192  # the first block has no first norm
+    assert count(table.metadata_encoder) == blocks + 192 * (1 + 9 + 10 + 9 + 4) + 2 * 192
+    assert count(table.image_mlp) == 385 * 4096 + 4097 * 4096 + 4 * 4096 + 4097 * 256
+    projections = (table.image_projection, text.metadata_projection, table.metadata_projection)
+    assert [count(p) for p in projections] == [196_608, 262_144, 98_304]
+    assert abs(small_model().logit_scale.exp() * 0.07 - 1) < 1e-6, "CLIP's temperature"
+
+
+def test_vit_has_timms_names():
+    """So that weights go either way; the shapes are counted above."""
+    with torch.device("meta"):
+        names = model.build_image_encoder("vit_small", 224, 16).state_dict().keys()
+    layers = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    layers = [f"blocks.{i}.{layer}" for i in range(12) for layer in layers]
+    expected = itertools.product(["patch_embed.proj", "norm", *layers], ["weight", "bias"])
+    assert names == {"cls_token", "pos_embed", *map(".".join, expected)}
+
+
+@pytest.mark.parametrize("name, heads", [("vit_small", 12), ("vit_small_6", 6), ("vit_tiny", 3)])
+@torch.no_grad()
+def test_vit_equals_a_slow_transcription(name, heads):
+    """Patches in reading order, all tokens through the last block; as many heads as its authors."""
+    vit = randomise(model.build_image_encoder(name, 32, 16)).double()
+    images, corners = torch.randn(2, 3, 32, 32).double(), [(0, 0), (0, 16), (16, 0), (16, 16)]
+    for image, out in zip(images, vit(images)):
+        patches = torch.stack([image[:, y : y + 16, x : x + 16].flatten() for y, x in corners])
+        tokens = patches @ vit.patch_embed.proj.weight.flatten(1).T + vit.patch_embed.proj.bias
+        x = torch.cat([vit.cls_token[0], tokens]) + vit.pos_embed[0]
+        assert worst(out, slow_encoder(vit, x, 1e-6, heads)) < 1e-9
+
+
+@torch.no_grad()
+def test_positions_follow_the_image_size():
+    """Resampled for another size, rows as rows, columns as columns; CLS keeps its own."""
+    vit = model.ViT(64, 16, 8, 1, 2)
+    vit.pos_embed[0, 1:] = torch.arange(4.0).repeat(4)[:, None]  # grows along columns only
+    assert torch.equal(model.resample_positions(vit.pos_embed, 4, 4), vit.pos_embed)
+    cls, grid = model.resample_positions(vit.pos_embed, 3, 8)[0].split([1, 24])
+    grid = grid[:, 0].view(3, 8)
+    assert torch.equal(cls, vit.pos_embed[0, :1]) and worst(grid, grid[:1].expand(3, 8)) < 1e-5
+    assert (grid[0].diff() > 0).all() and abs(grid.mean() - 1.5) < 0.01
+    assert vit(torch.randn(2, 3, 48, 128)).shape == (2, 8)
+
+
+def test_text_encoder_equals_a_slow_transcription_without_padding():
+    """Padding changes nothing and learns nothing, whatever stands in it; the last token counts."""
+    text = randomise(small_model("text", vocabulary=100, context=12).metadata_encoder).double()
+    captions = [[98, 5, 6, 99], [98, 7, 99], [98, 8, 9, 10, 11, 12, 99]]
+    lengths, expected = torch.tensor([len(c) for c in captions]), []
+    for c in captions:
+        x = text.token_embedding.weight[c] + text.pos_embed[: len(c)]
+        expected.append(slow_encoder(text, x, 1e-5, heads=8))
+    for L in (7, 12):
+        tokens = torch.randint(20, 90, (3, L))  # garbage behind each caption
+        for row, c in zip(tokens, captions):
+            row[: len(c)] = torch.tensor(c)
+        out = text(tokens, lengths)
+        assert worst(out, torch.stack(expected)) < 1e-9
+    out.square().sum().backward()
+    assert text.token_embedding.weight.grad.any(1).nonzero().flatten().tolist() == [*range(5, 13), 98, 99]
+    assert text.pos_embed.grad.any(1).tolist() == [True] * 7 + [False] * 5
+    tokens[2, 6] = 50
+    assert worst(text(tokens, lengths)[2], expected[2]) > 1e-3
+
+
+@torch.no_grad()
+def test_table_encoder_equals_a_slow_transcription():
+    """x_j W_j + b_j, missing_j + b_j where x_j is missing, embedding + b_j of a category; ReGLU."""
+    table = small_model("table", numbers=3, categories=(4, 5)).metadata_encoder
+    table = randomise(table).double()
+    numbers = torch.tensor([[0.5, nan, -2.0], [nan, 0.0, 1.0]]).double()
+    categories = torch.tensor([[0, 4], [3, 1]])
+    for x, c, out in zip(numbers, categories, table(numbers, categories)):
+        tokens = [table.cls_token[0, 0]]
+        for j in range(3):
+            token = table.missing[j] if x[j].isnan() else x[j] * table.weight[j]
+            tokens.append(token + table.bias[j])
+        for j in range(2):
+            tokens.append(table.embeddings[j].weight[c[j]] + table.bias[3 + j])
+        assert worst(out, slow_encoder(table, torch.stack(tokens), 1e-5, heads=8)) < 1e-9
+
+
+def normalise(rank: int, world: int, kind=model.BatchNorm) -> list[torch.Tensor]:
+    """This process's rows of a batch normalised -> them, their gradient, the statistics."""
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    part, norm = x.chunk(world)[rank].requires_grad_(), randomise(kind(3)).train()
+    y = norm(part)
+    (y * x.sin().chunk(world)[rank]).sum().backward()
+    return [y.detach(), part.grad, norm.running_mean, norm.running_var, norm.eval()(part).detach()]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_batch_norm_is_over_all_processes(world):
+    expected = normalise(0, 1, torch.nn.BatchNorm1d)
+    for rank, found in enumerate(on_processes(world, normalise)):
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert worst(a, b if i in (2, 3) else b.chunk(world)[rank]) < 1e-5
+
+
+@torch.no_grad()
+def test_moco_keys():
+    """The key encoder follows the image encoder's; its keys fill the queue, the oldest go first."""
+    m, (views, _) = small_model("none", "moco", queue=20).eval(), small_batch(8)
+    slow = [*m.key_encoder.encoder.parameters(), *m.key_encoder.mlp.parameters()]
+    fast = [*m.image_encoder.parameters(), *m.image_mlp.parameters()]
+    assert all(map(torch.equal, slow, fast)) and not any(p.requires_grad for p in slow)
+    assert all(p.requires_grad for p in fast)
+    randomise(m.image_encoder)
+    for step in range(3):
+        queue, before = m.key_encoder.queue.clone(), [p.clone() for p in slow]
+        keys = m.encode_keys(views)
+        expected = m.key_encoder.mlp(m.key_encoder.encoder(views[-1]))
+        assert worst(keys, expected / expected.norm(dim=1, keepdim=True)) < 1e-6
+        assert torch.equal(m(views, ()).queue, queue), "the loss is against what was there before"
+        m.key_encoder.update(m.image_encoder, m.image_mlp, 0.75, keys)
+        for new, old, query in zip(slow, before, fast):
+            assert worst(new, 0.75 * old + 0.25 * query) < 1e-6
+        at = [(8 * step + i) % 20 for i in range(8)]
+        queue[at] = keys
+        assert torch.equal(m.key_encoder.queue, queue)
+
+
+def resnet_moco() -> tuple[model.SatMIP, torch.Tensor]:
+    m = small_model("none", "moco", vit="resnet50", queue=8, mlp_out=8).train()
+    return m, torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def resnet_keys(rank: int, world: int) -> torch.Tensor:
+    m, images = resnet_moco()
+    return m.encode_keys(images.chunk(world)[rank][None])
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@torch.no_grad()
+def test_shuffling_bn(world):
+    """Each process normalises images of all the others, and gets back the keys of its own."""
+    m, images = resnet_moco()
+    order = {1: range(8), 2: [0, 4, 1, 5, 2, 6, 3, 7], 4: [0, 2, 4, 6, 1, 3, 5, 7]}[world]
+    keys = torch.empty(8, 8)
+    for dealt in torch.tensor(order).chunk(world):
+        keys[dealt] = F.normalize(m.key_encoder.mlp(m.key_encoder.encoder(images[dealt])), dim=1)
+    assert worst(torch.cat(on_processes(world, resnet_keys)), keys) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "meets", [[{"image", "first"}, {"second"}], [{"image"}, {"first"}, {"second"}]], ids=len
+)
+@torch.no_grad()
+def test_view_coupling(meets):
+    """The first view meets the metadata, the last two each other."""
+    m = small_model().eval()
+    views, table = small_batch(4, len(meets))
+    before = m(views, table)._asdict()
+    for view, affected in enumerate(meets):
+        changed = views.clone()
+        changed[view] += 1
+        after = {name: x for name, x in m(changed, table)._asdict().items() if x is not None}
+        assert {name for name, x in after.items() if worst(x, before[name]) > 1e-4} == affected
+    features = m.image_encoder(views[0]), m.metadata_encoder(*table), m.image_encoder(views[-1])
+    heads = m.image_projection, m.metadata_projection, m.image_mlp
+    for name, x, head in zip(("image", "metadata", "second"), features, heads):
+        assert worst(before[name], F.normalize(head(x), dim=1)) < 1e-5, name
+
+
+def test_each_method_has_its_own_parts_only():
+    views, table = small_batch(4)
+    parts = {
+        ("none", "simclr", 0): ({"image_encoder", "image_mlp"}, ["first", "second"]),
+        ("table", "none", 0): (
+            {"image_encoder", "metadata_encoder", "image_projection", "metadata_projection",
+             "logit_scale"}, ["image", "metadata", "scale"],
+        ),
+        ("none", "moco", 3): (
+            {"image_encoder", "image_mlp", "key_encoder", "place_head"},
+            ["first", "second", "queue", "place"],
+        ),
+    }  # fmt: skip
+    for (encoder, image_image, places), (modules, outputs) in parts.items():
+        m = small_model(encoder, image_image, queue=20, places=places)
+        assert {name.split(".")[0] for name, _ in m.named_parameters()} == modules
+        assert [name for name, x in m(views, table)._asdict().items() if x is not None] == outputs
+
+
+@pytest.mark.parametrize("encoder", ["text", "table"])
+def test_weight_decay_spares_biases_norms_and_the_temperature(encoder):
+    """Each trained parameter is in one group; positions, tokens and embeddings do decay."""
+    m = small_model(encoder, places=3)
+    names, groups = {p: name for name, p in m.named_parameters()}, model.parameter_groups(m, 0.3)
+    decayed, spared = ([names[p] for p in group["params"]] for group in groups)
+    assert [group["weight_decay"] for group in groups] == [0.3, 0]
+    assert sorted(decayed + spared) == sorted(names.values())
+    expected = regex.compile(r"bias$|norm|logit_scale|image_mlp\.[14]\.")
+    assert set(spared) == {name for name in names.values() if expected.search(name)}
+
+
+# --------------------------------------------------------------------------------------------------
+# losses.py
+
+
+def slow_contrast(a, b, scale: float, others=()) -> float:
+    """Eq. 1, term by term."""
+    total = 0.0
+    for i in range(len(a)):
+        terms = [math.exp(scale * float(a[i] @ row)) for row in b]
+        more = [math.exp(scale * float(a[i] @ row)) for k, row in enumerate(others) if k != i]
+        total -= math.log(terms[i] / (sum(terms) + sum(more)))
+    return total / len(a)
+
+
+def test_losses_equal_loops_over_the_papers_equations():
+    """Eq. 2, Eq. 3 with K and with 2 K - 1 terms, and the share of rows that find their partner."""
+    torch.manual_seed(0)
+    base = torch.randn(7, 8)
+    a, b = (F.normalize(base + 1.5 * torch.randn(7, 8), dim=1) for _ in range(2))
+    mi = losses.metadata_image_loss(a, b, torch.tensor(14.0))
+    assert abs(mi.loss - (slow_contrast(a, b, 14) + slow_contrast(b, a, 14)) / 2) < 1e-5
+    found = [int((x[i] @ y.T).argmax()) == i for x, y in ((a, b), (b, a)) for i in range(7)]
+    assert 0 < sum(found) < 14 and abs(mi.accuracy - sum(found) / 14) < 1e-6
+    ii = losses.image_image_loss(a, b, 0.2)
+    assert abs(ii.loss - (slow_contrast(a, b, 5) + slow_contrast(b, a, 5)) / 2) < 1e-5
+    more = losses.image_image_loss(a, b, 0.2, same_view_negatives=True)
+    assert abs(more.loss - (slow_contrast(a, b, 5, a) + slow_contrast(b, a, 5, b)) / 2) < 1e-5
+
+
+def test_losses_of_the_baselines_equal_loops():
+    """MoCo's with its queue; Geo's, in which unknown places count as zero."""
+    torch.manual_seed(0)
+    a, b, queue = (F.normalize(torch.randn(n, 8), dim=1) for n in (6, 6, 9))
+    moco, expected, found = losses.momentum_loss(a, b, queue, 0.2), 0.0, 0
+    for query, key in zip(a, b):
+        terms = [math.exp(float(query @ k) / 0.2) for k in (key, *queue)]
+        expected -= math.log(terms[0] / sum(terms)) / 6
+        found += terms[0] == max(terms)
+    assert abs(moco.loss - expected) < 1e-5 and abs(moco.accuracy - found / 6) < 1e-6
+    logits, places, expected = torch.randn(5, 3), [2, -1, 0, 1, -1], 0.0
+    for row, place in zip(logits, places):
+        if place >= 0:
+            expected -= math.log(float(row.softmax(0)[place])) / 5
+    assert abs(losses.place_loss(logits, torch.tensor(places)).loss - expected) < 1e-5
+
+
+@pytest.mark.parametrize("K", [2, 16])
+def test_closed_forms(K):
+    """No information costs log K, or log(2 K - 1) with same-view negatives; separation nothing."""
+    same, apart, scale = torch.eye(32)[:1].expand(K, -1), torch.eye(32)[:K], torch.tensor(100.0)
+    assert abs(losses.metadata_image_loss(same, same, scale).loss - math.log(K)) < 1e-5
+    assert abs(losses.image_image_loss(same, same).loss - math.log(K)) < 1e-5
+    assert abs(losses.image_image_loss(same, same, 0.1, True).loss - math.log(2 * K - 1)) < 1e-5
+    mi, ii = losses.metadata_image_loss(apart, apart, scale), losses.image_image_loss(apart, apart, 0.01)
+    assert mi.loss < 1e-5 and ii.loss < 1e-5 and mi.accuracy == ii.accuracy == 1
+
+
+def test_total_loss():
+    """Eq. 4: L_MI + weight L_Sim, with the temperature and the negatives asked for; plus L_g."""
+    views, table = small_batch(8)
+    e, places = small_model(places=3).train()(views, table), torch.arange(8) % 3
+    mi = losses.metadata_image_loss(e.image, e.metadata, e.scale).loss
+    g = losses.place_loss(e.place, places).loss
+    for weight, temperature, same_view in ((1.0, 0.1, False), (0.25, 0.5, False), (2.0, 0.2, True)):
+        how = (weight, temperature, same_view)
+        sim = losses.image_image_loss(e.first, e.second, temperature, same_view).loss
+        loss, figures = losses.total_loss(e, places, *how)
+        assert abs(loss - (mi + weight * sim + g)) < 1e-5
+        assert abs(figures["L_MI"] - mi) + abs(figures["L_Sim"] - sim) + abs(figures["L_g"] - g) < 1e-6
+        alone, _ = losses.total_loss(e._replace(image=None, place=None), None, *how)
+        assert abs(alone - sim) < 1e-5, "L_Sim alone has no weight"
+    assert abs(figures["temperature"] - 0.07) < 1e-6
+
+
+STEPS = [f"--method {name}" for name in train.METHODS if "tp" not in name]  # its step is the same
+STEPS += ["--method satmip --metadata-encoder text", "--decouple-views", "--same-view-negatives"]
+
+
+def steps_in_float64(rank: int, world: int, micro_batch: int) -> list[dict]:
+    """One step of each method on this process's rows of 8 -> figures, gradients and buffers."""
+    torch.Tensor.float = torch.Tensor.double  # also what the code computes in float32
+    torch.set_default_dtype(torch.float64)
+    results, B = [], 8 // world
+    for options in STEPS:
+        argv = ["--vit", "vit_micro", *options.split(), "--micro-batch", str(micro_batch)]
+        c = train.parse_config(argv)
+        encoder = c.metadata_encoder if c.metadata else "none"
+        m = small_model(encoder, c.image_image, queue=20, places=3 * c.geo).train()
+        views, meta = small_batch(8, train.view_count(c), encoder)
+        rows, places = slice(rank * B, rank * B + B), torch.tensor([0, 2, 1, -1, 0, -1, 1, 2])
+        batch = train.Batch(views[:, rows], tuple(x[rows] for x in meta), places[rows])
+        network = torch.nn.parallel.DistributedDataParallel(m, broadcast_buffers=False)
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.0)
+        scaler, amp = torch.amp.GradScaler("cpu", enabled=False), torch.autocast("cpu", enabled=False)
+        figures = train.train_step(network, m, optimizer, scaler, batch, c, amp)
+        gradients = {name: p.grad for name, p in m.named_parameters() if p.requires_grad}
+        results.append({"figures": figures, **gradients, **dict(m.named_buffers())})
+    return results
+
+
+@pytest.fixture(scope="module")
+def one_process() -> list[dict]:
+    return on_processes(1, steps_in_float64, 0)[0]
+
+
+@pytest.mark.parametrize("world, micro_batch", [(1, 3), (2, 0), (2, 3), (4, 0), (4, 1)])
+def test_gradients_are_those_of_one_process_with_the_whole_batch(world, micro_batch, one_process):
+    """Every parameter's gradient, BatchNorm's statistics, MoCo's queue, the figures, in float64."""
+    found = on_processes(world, steps_in_float64, micro_batch)
+    for options, expected, *ranks in zip(STEPS, one_process, *found, strict=True):
+        for name, value in expected["figures"].items():
+            mean = sum(result["figures"][name] for result in ranks) / world
+            assert abs(mean - value) < 1e-9, (options, name)
+        for name in expected.keys() - {"figures"}:
+            for result in ranks:
+                scale = 1e-9 * (1 + expected[name].abs().max())
+                assert worst(result[name], expected[name]) < scale, (options, name)
