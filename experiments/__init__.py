@@ -1,1 +1,17 @@
-"""Scripts that answer questions with trained models, one for each; see experiments/README.md."""
+"""Questions that the paper and others ask of a run, one short script each; README.md lists results.
+
+    tables     results as a table, of any runs or beside the paper's numbers
+    figures    accuracy against epochs or time (Fig. 3), bars of fields and of modalities
+    cost       time and memory of each method's step (Tables 6 and S8)
+    pictures   a run's nearest neighbours, and where it places images on Earth
+    retrieval  from image to metadata and back
+    ask        month, hour, scale, country, place of an image
+    missing    scores when fields are missing in the test images
+    leakage    scores by distance to the nearest training image
+    few_labels kNN with few labels
+    export     the image encoder for timm
+    variants   the embedded data with shuffled metadata, coarse or fine images only
+    evidence   the runs of a study: prints what is missing, goes on where it stopped
+
+common.py and results.py hold what several of them share.
+"""
