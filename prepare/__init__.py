@@ -1,1 +1,1 @@
-"""Scripts that make datasets in the project's format, one for each source; see prepare/README.md."""
+"""Scripts that make datasets in the project's format, one a source; see prepare/README.md."""

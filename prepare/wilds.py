@@ -1,0 +1,68 @@
+"""WILDS-FMoW: whole images of 224 px with place and date, a small stand-in for fMoW-RGB.
+
+    python -m prepare.wilds SOURCE DIR
+
+SOURCE holds rgb_metadata.csv and images/. It has no ground sample distance, and whole images in
+place of the crops that the paper learns from.
+"""
+
+import csv
+import functools
+import io
+from pathlib import Path
+from typing import Iterator
+
+from data import errors_in_one_line, open_image
+from metadata import FIELDS, BadInput, parse_numbers
+from prepare.loop import Sample, arguments, prepare
+from prepare.sources import COUNTRIES, list_files
+
+COLUMNS = ("split", "img_filename", "category", "timestamp", "lat", "lon")
+SPLITS = {"train": "train", "val": "test"}  # as in the paper; "test" and "seq" are the challenge's
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (csv.Error, UnicodeDecodeError):
+        raise BadInput(f"{path}: damaged, no CSV table in UTF-8; fetch it again") from None
+    for i, row in enumerate(rows):
+        for name in COLUMNS:
+            if not row.get(name):
+                raise BadInput(f"{path}, row {i + 1}: no {name}; wanted are {', '.join(COLUMNS)}")
+    return rows
+
+
+def make(number: int, source: Path, rows: list[dict[str, str]]) -> Iterator[Sample | str]:
+    """The number of a row, which is also its image's -> its sample."""
+    row, path = rows[number], source / "images" / f"rgb_img_{number}.png"
+    if row["category"] == "false_detection":
+        yield "false detections"
+        return
+    content = path.read_bytes()
+    open_image(io.BytesIO(content), path)
+    location = parse_numbers([row["lon"], row["lat"]], FIELDS["location"])
+    if location is None:
+        raise BadInput(f"row {number + 1}: lon {row['lon']}, lat {row['lat']} are not degrees")
+    record = {
+        "file_name": path.name, "timestamp": row["timestamp"], "location": location,
+        "country_code": COUNTRIES.get(row.get("country_code"), row.get("country_code")),
+        "cloud_cover": row.get("cloud_cover"), "label": row["category"],
+        "area": row["img_filename"].removesuffix(".jpg").removesuffix("_rgb").rpartition("_")[0],
+    }  # fmt: skip
+    yield Sample(SPLITS[row["split"]], record, content)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments("Prepare WILDS-FMoW.").parse_args(argv)
+    with errors_in_one_line():
+        source = list_files(args.source, "rgb_metadata.csv")[0].parent
+        rows = read_table(source / "rgb_metadata.csv")
+        print("WILDS-FMoW: no ground sample distance; whole images in place of crops")
+        items = [i for i, row in enumerate(rows) if row["split"] in SPLITS]
+        prepare(args.folder, items, functools.partial(make, source=source, rows=rows), args.jobs)
+
+
+if __name__ == "__main__":
+    main()
