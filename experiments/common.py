@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-from evaluate import Pretrained, autocast, extract, load_pretrained
+from evaluate import Pretrained, autocast, extract, load_pretrained, read_checkpoint
 from metadata import FIELDS, BadInput, parse_numbers
 
 EARTH_RADIUS = 6371.0  # km
@@ -32,13 +32,17 @@ def arguments(text: str) -> argparse.ArgumentParser:
 
 def open_run(run: Path, args: argparse.Namespace) -> tuple[Pretrained, Splits]:
     """A run's model and the dataset to ask it about; `about` names both."""
-    path = run / "checkpoint.pt" if run.is_dir() else run
+    path = run
+    if run.is_dir():
+        path = run / "checkpoint.pt"
     p = load_pretrained(path, torch.device(args.device))
     if not args.data and "data" not in p.about:
         raise BadInput(f"{path} names no dataset; give one with --data")
     folder = args.data or Path(p.about["data"])
     splits = data.read_dataset(folder)
     p.about = p.about | {"data": str(folder)}
+    if p.statistics is None and not args.data:
+        p.statistics = read_checkpoint(path)["statistics"]
     p.statistics = p.statistics or data.channel_statistics(splits[0], p.image_size, args.workers)
     return p, splits
 

@@ -1,6 +1,7 @@
-"""Result rows, as evaluate.py --output writes them, and the cells of tables and figures."""
+"""Result rows, as evaluate.py --output writes them, and what tables and figures make of them."""
 
 import dataclasses
+import io
 import json
 import statistics
 from pathlib import Path
@@ -117,6 +118,10 @@ def show(numbers: list[float]) -> str:
     return f"{statistics.mean(numbers):.1f}{deviation}"
 
 
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
 def run_cost(result: dict) -> tuple[float, float] | None:
     """Seconds and GiB (0 on a CPU) of the run's training by the log.jsonl beside its checkpoint;
     None where there is none."""
@@ -154,3 +159,26 @@ def markdown(lines: list[list[str]]) -> str:
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     rows = [" | ".join(c.ljust(w) for c, w in zip(line, widths)) for line in lines]
     return "\n".join(f"| {row} |" for row in rows)
+
+
+def pyplot():
+    """matplotlib's, which pictures and figures alone need."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise BadInput("no picture: matplotlib is missing (pip install matplotlib)") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_figure(figure, path: Path, dpi: int = 100) -> None:
+    """Written beside and renamed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    pyplot().close(figure)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_bytes(buffer.getvalue())
+    unfinished.replace(path)
+    print(path)

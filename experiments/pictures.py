@@ -1,0 +1,189 @@
+"""Two pictures of a run: nearest neighbours of test images, and where on Earth it places them.
+
+    python -m experiments.pictures runs/satmips            # neighbours.png and places.png beside it
+    python -m experiments.pictures runs/satmips --label label_land_cover
+
+Both use features of images; places.png needs a metadata encoder and images with a location.
+"""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+from evaluate import Pretrained, extract
+from experiments.common import (
+    Rows, Splits, arguments, embed, location, metadata_features, nearest_km, open_run, spread,
+    unit_sphere,
+)  # fmt: skip
+from experiments.results import class_name, pyplot, save_figure
+from metadata import BadInput
+
+EARTH = Path(__file__).parents[1] / "demo" / "bluemarble-2004-07.jpg"
+KOPPEN = {  # Köppen's codes of climates, as in the embedded data
+    "Af": "tropical rainforest", "Am": "tropical monsoon", "As": "savanna, dry summer",
+    "Aw": "savanna, dry winter", "BSh": "hot steppe", "BSk": "cold steppe", "BWh": "hot desert",
+    "BWk": "cold desert", "Cfa": "humid subtropical", "Cfb": "oceanic", "Cfc": "subpolar oceanic",
+    "Csa": "hot-summer Mediterranean", "Csb": "warm-summer Mediterranean",
+    "Csc": "cold-summer Mediterranean", "Cwa": "subtropical, dry winter",
+    "Cwb": "highland, dry winter", "Cwc": "cold highland, dry winter",
+    "Dfa": "continental, hot summer", "Dfb": "continental, warm summer", "Dfc": "subarctic",
+    "Dfd": "subarctic, severe winter", "Dsa": "continental, hot dry summer",
+    "Dsb": "continental, warm dry summer", "Dsc": "subarctic, dry summer",
+    "Dsd": "subarctic, severe winter, dry summer", "Dwa": "continental, hot summer, dry winter",
+    "Dwb": "continental, warm summer, dry winter", "Dwc": "subarctic, dry winter",
+    "Dwd": "subarctic, severe dry winter", "EF": "ice cap", "ET": "tundra",
+}  # fmt: skip
+BANK, SHOWN, NEIGHBOURS, PIXELS = 5000, 6, 6, 96
+GREEN, RED, GRAY = "#1a9850", "#d73027", "#bbbbbb"
+STEP, WEST, EAST, SOUTH, NORTH = 5, -180, 180, -60, 75  # degrees, of the grid of places
+FADE = (500, 1500)  # km from the nearest training place, over which the likelihood fades out
+
+
+def spell(name: str, width: int = 24) -> str:
+    """A class as a reader knows it, in two lines at most."""
+    text = name.replace("_", " ")
+    if name in KOPPEN:
+        text = f"{name}, {KOPPEN[name]}"
+    return "\n".join(textwrap.wrap(text, width, max_lines=2, placeholder=" …"))
+
+
+def neighbours(p: Pretrained, splits: Splits, label: str, workers: int, path: Path) -> None:
+    """Labelled test images, each with its nearest training images by image features."""
+    train, test = splits
+    train_names, test_names = (split.columns(label)[0] for split in splits)
+    chosen = spread([i for i, name in enumerate(test_names) if name is not None], SHOWN)
+    bank = Rows(train, spread(list(range(len(train))), BANK))
+    x = F.normalize(extract(p, bank, workers)["image"], dim=1)
+    queries = F.normalize(extract(p, Rows(test, chosen), workers)["image"], dim=1)
+    nearest = (queries @ x.T).topk(min(NEIGHBOURS, len(bank))).indices.tolist()
+    columns, rows = 1 + len(nearest[0]), len(chosen)
+    figure, axes = pyplot().subplots(
+        rows, columns, figsize=(1.45 * columns, 1.72 * rows + 1), squeeze=False
+    )
+    for row, found, query in zip(axes, nearest, chosen):
+        truth = test_names[query]
+        draw(row[0], test, query, truth, "black")
+        for axis, i in zip(row[1:], found):
+            name, colour = train_names[bank.rows[i]], RED
+            if name is None:
+                colour = GRAY
+            elif str(name) == str(truth):
+                colour = GREEN
+            draw(axis, train, bank.rows[i], name, colour)
+    frames = (("black", "test image"), (GREEN, "neighbour of its class"),
+              (RED, "of another class"), (GRAY, "without a label"))  # fmt: skip
+    line = pyplot().Line2D
+    handles = [line([], [], color=colour, linewidth=4, label=text) for colour, text in frames]
+    figure.legend(handles=handles, loc="lower center", ncols=4, frameon=False, fontsize=9)
+    figure.suptitle(
+        f"Test images and their nearest of {len(bank):,} training images, most similar first\n"
+        f"by cosine of image features; with their {class_name(label)}", fontsize=10,
+    )  # fmt: skip
+    figure.tight_layout(rect=(0, 0.035, 1, 1))
+    save_figure(figure, path)
+
+
+def draw(axis, split, i: int, name: object, colour: str) -> None:
+    """One image in a frame, its class above."""
+    axis.imshow(data.load_image(split.folder / split[i]["file_name"], PIXELS))
+    text = "no label" if name is None else spell(str(name))
+    axis.set_title(text, fontsize=7, pad=3)
+    axis.set(xticks=[], yticks=[])
+    for spine in axis.spines.values():
+        spine.set(color=colour, linewidth=3)
+
+
+@torch.no_grad()
+def places(p: Pretrained, splits: Splits, workers: int, path: Path) -> bool:
+    """Each image's embedding beside that of its own metadata with the location replaced by every
+    place of a grid -> whether any test image has a location."""
+    train, test = splits
+    rows = spread(list(range(len(test))), 200)
+    chosen = spread([i for i in rows if location(test[i])], SHOWN)
+    known = [place for place in map(location, (train[i] for i in range(len(train)))) if place]
+    if not chosen or not known:
+        return False
+    longitudes = np.arange(WEST + STEP / 2, EAST, STEP)
+    latitudes = np.arange(NORTH - STEP / 2, SOUTH, -STEP)
+    grid = [[float(x), float(y)] for y in latitudes for x in longitudes]
+    km = nearest_km(unit_sphere(grid), unit_sphere(known))
+    near = 1 - ((km - FADE[0]) / (FADE[1] - FADE[0])).clamp(0, 1)
+    asked = near.nonzero()[:, 0]
+    image = extract(p, Rows(test, chosen), workers)["image"]
+    dots = np.array(spread(known, 2000))
+    figure, axes = pyplot().subplots(
+        len(chosen), 2, figsize=(8.6, 2.25 * len(chosen) + 1), width_ratios=(1, 2.7), squeeze=False
+    )
+    earth = Image.open(EARTH).resize((1080, 540))
+    for (left, right), i, feature in zip(axes, chosen, image):
+        record = test[i]
+        varied = metadata_features(p, [record | {"location": grid[j]} for j in asked.tolist()])
+        e = embed(p, {"image": feature[None], "metadata": varied})
+        logits = (e["metadata"] @ e["image"][0] * p.model.logit_scale.exp()).cpu().double()
+        share = torch.zeros(len(grid)).double()
+        share[asked] = logits.softmax(0) * near[asked]
+        share = (share / share.max()).view(len(latitudes), -1).numpy()
+        date = record.get("timestamp", "no date")
+        if record.get("timestamp_inferred"):
+            date += " (month inferred)"
+        draw(left, test, i, date, "black")
+        right.imshow(earth, extent=(-180, 180, -90, 90), alpha=0.6)
+        right.plot(*dots.T, ".", color="black", markersize=1, alpha=0.4)
+        colours = right.imshow(share, alpha=share**0.5, extent=(WEST, EAST, SOUTH, NORTH),
+                               cmap="autumn", vmin=0, vmax=1, interpolation="bilinear")  # fmt: skip
+        right.plot(*location(record), "*", color="cyan", markersize=13, markeredgecolor="black")
+        right.set(xlim=(WEST, EAST), ylim=(SOUTH, NORTH), xticks=[], yticks=[])
+    figure.suptitle(
+        "Where the model places test images: likelihood of each place given the image,\n"
+        "with the rest of the image's metadata", fontsize=10,
+    )  # fmt: skip
+    finish_places(figure, axes, colours, len(chosen))
+    save_figure(figure, path)
+    return True
+
+
+def finish_places(figure, axes, colours, rows: int) -> None:
+    """Legend and colour bar below the maps."""
+    line = pyplot().Line2D
+    handles = [
+        line([], [], linestyle="", marker="*", color="cyan", markeredgecolor="black",
+             markersize=12, label="true place"),
+        line([], [], linestyle="", marker=".", color="black", label="training places"),
+    ]  # fmt: skip
+    bottom = 0.75 / (2.25 * rows + 1)
+    figure.tight_layout(rect=(0, bottom, 1, 1))
+    figure.legend(handles=handles, loc="lower left", frameon=False, fontsize=9)
+    bar = figure.add_axes((0.4, 0.6 * bottom, 0.55, 0.15 * bottom))
+    figure.colorbar(colours, cax=bar, orientation="horizontal")
+    bar.set_xlabel(f"likelihood, relative to the row's maximum; faded beyond {FADE[0]} km from "
+                   "training places", fontsize=8)  # fmt: skip
+    bar.tick_params(labelsize=7)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--label", help="whose classes to show (default: the first)")
+    args = parser.parse_args(argv)
+    with data.errors_in_one_line():
+        pyplot()
+        for run in args.run:
+            p, splits = open_run(run, args)
+            folder = args.output or Path(p.about["checkpoint"]).parent
+            labels = data.label_names(splits[0])
+            if args.label and args.label not in labels:
+                raise BadInput(f"--label {args.label}: not one of {', '.join(labels)}")
+            if labels:
+                label = args.label or labels[0]
+                neighbours(p, splits, label, args.workers, folder / "neighbours.png")
+            fields = p.reader.fields if p.reader else ()
+            if any(field.name == "location" for field in fields):
+                places(p, splits, args.workers, folder / "places.png")
+
+
+if __name__ == "__main__":
+    main()
