@@ -40,7 +40,8 @@ def open_run(run: Path, args: argparse.Namespace) -> tuple[Pretrained, Splits]:
         raise BadInput(f"{path} names no dataset; give one with --data")
     folder = args.data or Path(p.about["data"])
     splits = data.read_dataset(folder)
-    p.about = p.about | {"data": str(folder)}
+    trained_on = p.about.get("trained_on", p.about.get("data"))
+    p.about |= {"data": str(folder), "checkpoint": str(path), "trained_on": trained_on}
     if p.statistics is None and not args.data:
         p.statistics = read_checkpoint(path)["statistics"]
     p.statistics = p.statistics or data.channel_statistics(splits[0], p.image_size, args.workers)

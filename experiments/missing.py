@@ -49,7 +49,7 @@ def missing(p: Pretrained, splits: Splits, features: Features, label: str, chang
     """Scores of one label for each of `changed`, and of the image alone."""
     classes, (y, test_y) = data.class_ids(label, *splits)
     known, asked = (y >= 0).to(p.device), (test_y >= 0).to(p.device)
-    y, test_y = y[y >= 0].to(p.device), test_y[test_y >= 0].to(p.device)
+    y, test_y = y[y >= 0].to(p.device), test_y[test_y >= 0]
     train, test = features
     stacked = []  # all test rows at once, so that the probe is fitted once
     for metadata in changed.values():

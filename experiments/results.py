@@ -14,8 +14,10 @@ SCORED = ("knn", "linear", "finetune", "few-labels")  # protocols with one score
 METRICS = ("paper", "accuracy", "macro_f1")
 # Options of train.py that make no row of a table: in a model's name already, or without effect
 NO_SETTINGS = {"method", "metadata", "metadata_encoder", "image_image", "geo", "temporal", "seed",
-               "data", "output", "workers", "eval_every", "log_every", "micro_batch"}  # fmt: skip
+               "data", "output", "preset", "workers", "eval_every", "log_every",
+               "micro_batch"}  # fmt: skip
 SETTINGS = [f.name for f in dataclasses.fields(Config) if f.name not in NO_SETTINGS]
+SETTINGS.append("trained_on")
 DATASETS = {"fmow": "fMoW", "resisc45": "R45", "optimal31": "O31", "ucmerced": "UCM",
             "fgsc23": "F23", "eurosat": "Euro", "so2sat": "So2"}  # fmt: skip
 
@@ -43,6 +45,17 @@ def append(path: Path | None, rows: list[dict]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def missing(wanted: list[dict], output: Path | None) -> list[dict]:
+    """Those of the wanted rows that the file does not have: no result is equal in all they name.
+    With it a script goes on where it stopped."""
+    if output is None or not output.is_file():
+        return wanted
+    there = []
+    for row in read_rows([output]):
+        there += [w for w in wanted if all(row.get(key) == value for key, value in w.items())]
+    return [w for w in wanted if w not in there]
 
 
 def model_name(result: dict) -> str:
@@ -125,12 +138,15 @@ def percent(share: float) -> str:
 def run_cost(result: dict) -> tuple[float, float] | None:
     """Seconds and GiB (0 on a CPU) of the run's training by the log.jsonl beside its checkpoint;
     None where there is none."""
-    path = Path(result.get("checkpoint", "")).with_name("log.jsonl")
+    path = Path(result.get("checkpoint", ""))
+    if path.suffix == ".pt":
+        path = path.parent
+    path = path / "log.jsonl"
     if not path.is_file():
         return None
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     memory = max(entry.get("memory", 0) for entry in entries)
-    return sum(entry["seconds"] for entry in entries), memory
+    return sum(entry.get("seconds", 0) for entry in entries), memory
 
 
 def relative_costs(

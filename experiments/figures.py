@@ -1,0 +1,139 @@
+"""Results as a figure: accuracy against training length (Fig. 3), fields or modalities as bars.
+
+    python -m experiments.figures epochs results.jsonl --output figure3.png
+    python -m experiments.figures time results.jsonl --output figure3.png       # relative to SimCLR
+    python -m experiments.figures fields results.jsonl --output fields.png      # Table 5
+    python -m experiments.figures modality results.jsonl --output modality.png  # Tables 3, S6
+
+One panel a dataset, label and classifier; mean and sample standard deviation over seeds.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+import data
+from experiments.results import (
+    METRICS, class_name, collect, dataset_name, metric_of, model_name, pyplot, read_rows, run_cost,
+    save_figure, scores, setting,
+)  # fmt: skip
+from metadata import BadInput
+
+BARS = ("fields", "modality")
+KINDS = ("epochs", "time", *BARS)
+
+
+def series(kind: str, r: dict) -> str:
+    """What has a colour of its own."""
+    if kind == "modality":
+        return r["features"]
+    if kind == "fields":
+        return f"{model_name(r)}, {r['features']}"
+    return model_name(r)
+
+
+def position(kind: str, r: dict) -> object:
+    """What a point or bar stands over."""
+    if kind == "modality":
+        return model_name(r)
+    return setting(r, "fields").replace(",", "\n") if kind == "fields" else r["epochs"]
+
+
+def relative_times(results: list[dict]) -> dict[tuple[str, int], float]:
+    """(model, epochs) -> mean training time, in that of the shortest SimCLR."""
+    seconds = {}
+    for r in {r.get("checkpoint"): r for r in results}.values():
+        cost = run_cost(r)
+        if cost is None:
+            raise BadInput(f"{r.get('checkpoint')}: no log.jsonl beside it says how long it took")
+        seconds.setdefault((model_name(r), r["epochs"]), []).append(cost[0])
+    times = {key: statistics.mean(values) for key, values in seconds.items()}
+    simclr = [epochs for model, epochs in times if model == "simclr"]
+    if not simclr:
+        raise BadInput("time: no run of simclr, to which times are relative")
+    shortest = times["simclr", min(simclr)]
+    return {key: value / shortest for key, value in times.items()}
+
+
+def chosen(kind: str, results: list[dict], k: int) -> list[dict]:
+    """The results that such a figure shows."""
+    found = []
+    for r in results:
+        scored = r["protocol"] in ("knn", "linear") and r.get("k", k) == k
+        if kind in ("epochs", "time"):
+            scored = scored and r["features"] == "image"
+        if scored and r["method"] != "random":
+            found.append(r)
+    if not found:
+        raise BadInput(f"{kind}: no such result of kNN with k = {k} or of a probe")
+    return found
+
+
+def panel(axis, kind: str, shown: list[dict], metric: str, times: dict) -> None:
+    cells, bars = collect(shown, lambda r: (position(kind, r), series(kind, r))), kind in BARS
+    places, names = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    if not bars:
+        places.sort()
+    for number, name in enumerate(names):
+        found = [place for place in places if (place, name) in cells]
+        values = [scores(cells[place, name], metric) for place in found]
+        mean = [statistics.mean(v) for v in values]
+        deviation = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+        if bars:
+            width = 0.8 / len(names)
+            x = [places.index(place) + width * (number + 0.5) - 0.4 for place in found]
+            axis.bar(x, mean, 0.9 * width, yerr=deviation, capsize=2, label=name)
+            continue
+        x = found
+        if kind == "time":
+            x = [times[name, epochs] for epochs in found]
+        axis.errorbar(x, mean, deviation, marker="o", markersize=4, capsize=3, label=name)
+    if bars:
+        axis.set_xticks(range(len(places)), places, fontsize=7)
+    elif kind == "epochs":
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(places, places)
+        axis.minorticks_off()
+
+
+def draw(kind: str, results: list[dict], k: int, metric: str, path: Path) -> None:
+    shown, times, panels = chosen(kind, results, k), {}, {}
+    if kind == "time":
+        times = relative_times(shown)
+    for r in shown:
+        classifier = f"kNN, k={k}" if r["protocol"] == "knn" else "linear probe"
+        title = f"{dataset_name(r)}, {class_name(r['label'])}: {classifier}"
+        panels.setdefault(title, []).append(r)
+    width = 3.6 * len(panels) + 1.8
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(width, 3.4), squeeze=False)
+    for axis, (title, rows) in zip(axes[0], panels.items()):
+        panel(axis, kind, rows, metric, times)
+        axis.set_title(title, fontsize=9)
+        axis.set_ylabel(f"{metric_of(rows[0], metric).replace('_', ' ')} (%)", fontsize=9)
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        if kind == "epochs":
+            axis.set_xlabel("epochs", fontsize=9)
+        if kind == "time":
+            axis.set_xlabel("training time, SimCLR's shortest = 1", fontsize=9)
+    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.tight_layout()
+    save_figure(figure, path, dpi=130)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("kind", choices=KINDS, help="what the figure shows")
+    parser.add_argument("files", type=Path, nargs="+", help="what evaluate.py --output wrote")
+    parser.add_argument("--output", type=Path, required=True, help="the picture, .png")
+    parser.add_argument("--k", type=int, default=20, help="neighbours of kNN (20)")
+    parser.add_argument("--metric", default="paper", choices=METRICS,
+                        help="paper: macro-F1 on fMoW and FGSC-23, else accuracy")  # fmt: skip
+    args = parser.parse_args(argv)
+    with data.errors_in_one_line():
+        draw(args.kind, read_rows(args.files), args.k, args.metric, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""A prepared dataset with other metadata or fewer training images: controls of a study.
+
+    python -m experiments.variants shuffled data/demo data/demo-shuffled
+
+    shuffled   each training image has the metadata of another: SatMIPS must lose its gain
+    coarse     training images of at least --gsd metres a pixel (19,000): to start from (Table 4)
+    fine       training images below that
+    rounded    numbers without decimals in captions (fields.json)
+    exact      numbers with all decimals in captions
+
+Images are linked, not copied; the test split keeps its rows, so that scores compare.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+import data
+from metadata import FIELDS, BadInput, parse_numbers
+
+KINDS = ("shuffled", "coarse", "fine", "rounded", "exact")
+STYLES = {"rounded": "%.0f", "exact": "%.6f"}
+NOT_SHUFFLED = ("file_name", "label", "area", "split")  # they belong to the image
+
+
+def scale(record: dict) -> float:
+    """Metres a pixel, the mean of x and y; not a number where unknown."""
+    return float(np.mean(parse_numbers(record.get("gsd"), FIELDS["gsd"]) or [np.nan]))
+
+
+def shuffle(records: list[dict], seed: int) -> list[dict]:
+    """Metadata dealt out anew; labels, which serve evaluation alone, stay with their images."""
+    order = np.argsort(data.uniform(seed, np.arange(len(records))))
+    shuffled = []
+    for record, other in zip(records, order):
+        own, theirs = {}, {}
+        for name, value in record.items():
+            if name.startswith(NOT_SHUFFLED):
+                own[name] = value
+        for name, value in records[other].items():
+            if not name.startswith(NOT_SHUFFLED):
+                theirs[name] = value
+        shuffled.append(own | theirs)
+    return shuffled
+
+
+def choose(kind: str, records: list[dict], limit: float, seed: int) -> list[dict]:
+    """The training rows of a variant."""
+    if kind == "shuffled":
+        return shuffle(records, seed)
+    if kind == "coarse":
+        return [record for record in records if scale(record) >= limit]
+    if kind == "fine":
+        return [record for record in records if scale(record) < limit]
+    return records
+
+
+def fields_json(kind: str, source: Path) -> str | None:
+    """The source's fields, with another style of numbers where the variant is one of style."""
+    if kind not in STYLES:
+        path = source / "fields.json"
+        return path.read_text() if path.is_file() else None
+    fields = {}
+    for field in data.choose_fields(source, ""):
+        fields[field.name] = {
+            key: value for key, value in dataclasses.asdict(field).items()
+            if key != "name" and value not in (np.inf, -np.inf)
+        }  # fmt: skip
+        if field.kind == "number":
+            fields[field.name]["style"] = STYLES[kind]
+    return json.dumps(fields, indent=1)
+
+
+def make(kind: str, source: Path, folder: Path, limit: float = 19_000, seed: int = 0) -> None:
+    """Written beside and renamed."""
+    if folder.exists():
+        raise BadInput(f"{folder}: exists; remove it first, or choose another folder")
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    train, test = data.read_dataset(source)
+    rows = choose(kind, list(train), limit, seed)
+    if not rows:
+        raise BadInput(f"{source}: no training image is {kind} by --gsd {limit:g}")
+    for name, split, records in (("train", train, rows), ("test", test, list(test))):
+        target = unfinished / name
+        target.mkdir(parents=True)
+        os.symlink(split.folder.resolve(), target / "images")
+        with open(target / "metadata.jsonl", "w") as file:
+            for record in records:
+                linked = record | {"file_name": f"images/{record['file_name']}"}
+                file.write(json.dumps(linked) + "\n")
+    fields = fields_json(kind, source)
+    if fields:
+        (unfinished / "fields.json").write_text(fields)
+    unfinished.rename(folder)
+    print(f"{folder}: {len(rows):,} training images, {kind}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("kind", choices=KINDS, help="what is changed")
+    parser.add_argument("source", type=Path, help="a prepared dataset")
+    parser.add_argument("folder", type=Path, help="where to write the variant; must not exist")
+    parser.add_argument("--gsd", type=float, default=19_000, help="limit of coarse and fine in m")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffling")
+    args = parser.parse_args(argv)
+    with data.errors_in_one_line():
+        make(args.kind, args.source, args.folder, args.gsd, args.seed)
+
+
+if __name__ == "__main__":
+    main()
