@@ -123,7 +123,7 @@ def write_split(folder: Path, records: list[dict], images: Tensor | None = None)
 def dataset(tmp_path_factory) -> Path:
     """48 train and 16 test images, coloured by class, two of each area; some values are missing."""
     folder, noise = tmp_path_factory.mktemp("data") / "tiny", images_of(48, 32) // 6
-    colours = torch.tensor([[220, 180, 120], [30, 90, 40], [200, 210, 215], [20, 50, 120]])
+    colours = torch.tensor([[210, 180, 120], [30, 90, 40], [200, 210, 205], [20, 50, 120]])
     for split, n in (("train", 48), ("test", 16)):
         records = []
         for i in range(n):
@@ -172,13 +172,13 @@ MALFORMED = {
     "multispectral_gsd": [[1], 0, "1_0", "nan", "inf", "1e999", 10**400],
     "pixel_size": [[1e-4, math.inf], ["a", "b"], [True, 1]],
     "timestamp": [
-        "2004-13-01", "2004-13", "2004-00", "2004-10-00", "2004-02-30", "2004-10-", ["2004"], "now",
-        "2015-09-21T25:00", "2015-09-21T15:61", "2015-09-21T15:30:61Z", "2015-09-21T15:30+99:99",
+        "2004-13-01", "2004-13", "2004-00", "2004-10-00", "2004-02-30", "2004-10-", ["2004"],
+        "2015-09-21T25:00", "2015-09-21T15:61", "2015-09-21T15:30:61Z", "0000-01", "\u0662000",
     ],
     "location": [
         [181, 0], [-181, 0], [0, 91], [0, -90.1], [None, 1], [1, nan], 12, [1, 2, 3], [1], ["", 1],
     ],
-    "country_code": [["PER"], 1.5, {"a": 1}], "cloud_cover": [-1, 101, [14], "cloudy"],
+    "country_code": [["PER"], 1.5, {"a": 1}, "A\udfffB"], "cloud_cover": [-1, 101, [14], "cloudy"],
     "wavelengths": [[661, 545], [661, 545, -1], 661],
     "sun_elevation_angle": [91, -91], "sun_azimuth_angle": [361],
 }  # fmt: skip
@@ -197,7 +197,7 @@ def test_malformed_values_are_missing(field):
 
 @pytest.mark.parametrize("text, parts", [
     ("2015-09-21T15:30:08Z", [2015, 9, 21, 15, 0]), (" 2015-09-21 15:30 ", [2015, 9, 21, 15, 0]),
-    ("2015-09-21T15:30:08.123456Z", [2015, 9, 21, 15, 0]), ("2004", [2004, nan, nan, nan, nan]),
+    ("2016-12-31T23:59:60Z", [2016, 12, 31, 23, 5]), ("2004", [2004, nan, nan, nan, nan]),
     ("2004-10", [2004, 10, nan, nan, nan]), ("2004-10-05", [2004, 10, 5, nan, 1]),
     ("2015-01-01T00:30:00+02:00", [2014, 12, 31, 22, 2]), ("2000-02-29", [2000, 2, 29, nan, 1]),
     ("2014-12-31T20:30:00-0500", [2015, 1, 1, 1, 3]), ("20170601T101031", [2017, 6, 1, 10, 3]),
@@ -290,7 +290,8 @@ CLIP_IDS = {  # ids of CLIP's own tokenizer: plain words, emoji, CJK, control ch
     "\U0001f6f0\ufe0f satellite \U0001f30d": [11306, 34777, 10316, 18641],
     "cafe\u0301 na\xefve \xc5NGSTR\xd6M": [15304, 1097, 35689, 563, 23176, 10352, 807, 7255, 332],
     "\u4eba\u5de5\u885b\u661f": [36839, 161, 115, 98, 164, 94, 249, 42891, 509],
-    "&lt;3 &amp;amp; 5&nbsp;km": [283, 274, 261, 276, 4590], "a\x00b\x1b[31mred\x7f": [596, 736],
+    "&lt;3 &amp;amp; 5&nbsp;km": [283, 274, 261, 276, 4590], "< &amp;amp;": [283, 261],
+    "a\x00b\x1b[31mred\x7f": [596, 736],
     "it's we're I'LL don't he'd": [585, 568, 649, 982, 328, 1342, 847, 713, 797, 1896],
     "\u201cquotes\u201d \u2018n\u2019 it\u2019s": [257, 5808, 257, 262, 333, 262, 585, 568],
     "\xbd \xb2 \u2167 2015-09": [33613, 41175, 158, 227, 371, 273, 271, 272, 276, 268, 271, 280],
@@ -660,7 +661,8 @@ def test_choose_fields(tmp_path):
     path = tmp_path / "fields.json"
     assert names("") == "gsd,timestamp,location"
     path.write_text('{"soil": {"kind": "category"}, "ab": {"kind": "number", "parts": ["a", "b"]}}')
-    assert names("") == "soil,ab" and names("gsd,soil") == "gsd,soil"
+    assert names("") == names("all") == "soil,ab" and names("gsd, soil") == "gsd,soil"
+    assert "'gds'" in refusal(names, "gds") and "twice" in refusal(names, "ab,gsd,ab")
     assert caption({"ab": [1.5, 2]}, data.choose_fields(tmp_path, "ab")) == "ab: [1.5, 2.0]"
     for wrong in (
         "{", "[1]", '{"a": 1}', '{"a": {}}', '{"a": {"kind": "colour"}}',
@@ -715,7 +717,7 @@ REFUSED_IMAGES = {
     "12 bits-gray.pgm": b"P5 8 8 4095\n" + bytes(128),
     "100000 x 100000-bomb.png": saved("PNG", with_crc(PNG, HUGE)),
     "damaged-text.png": b"hello",
-    "damaged-cut.jpg": saved("JPEG")[:300],
+    "damaged-cut.jpg": saved("JPEG")[:-6],
     "damaged-program.eps": saved("EPS"),  # would start Ghostscript
     "no such file-gone.png": None,
 }
@@ -868,7 +870,7 @@ def test_cluster_places():
 
 def test_differences_from_the_paper_are_marked():
     """NOTE[PAPER]: the paper leaves it open; NOTE[DIFF]: we depart from it; each with a reason."""
-    for path in HERE.glob("**/*.py"):
+    for path in [*HERE.glob("*.py"), *HERE.glob("*/*.py")]:
         marks = regex.findall(r"\bNOTE\b.*", path.read_text())
         if not path.stem.startswith("test_"):
             assert all(regex.match(r"NOTE\[(PAPER|DIFF)\] \S+ \S+", m) for m in marks), path
