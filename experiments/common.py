@@ -1,15 +1,18 @@
 """What the scripts that ask a run something share: its model, its features, places on the Earth."""
 
 import argparse
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import data
 from evaluate import Pretrained, autocast, extract, load_pretrained, read_checkpoint
-from metadata import FIELDS, BadInput, parse_numbers
+from metadata import FIELDS, POSTER, BadInput, parse_numbers
 
 EARTH_RADIUS = 6371.0  # km
 Splits = tuple[data.Split, data.Split]
@@ -127,3 +130,23 @@ def nearest_km(places: Tensor, others: Tensor) -> Tensor:
     for part in places.split(max(1, 2**25 // len(others))):
         found.append(great_circle(part, others[(part @ others.T).argmax(dim=1)]))
     return torch.cat(found)
+
+
+# --------------------------------------------------------------------------------------------------
+# Synthetic data
+
+
+def write_synthetic(folder: Path, size: int, rows: int) -> None:
+    """64 JPEG files for all rows; records are the poster's at other scales, times and places."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        (folder / split).mkdir(parents=True)
+        for i in range(64):
+            image = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize((size, size))
+            image.save(folder / split / f"{i}.jpg", quality=90)
+        with open(folder / split / "metadata.jsonl", "w") as file:
+            for i in range(rows):
+                record = POSTER | {"file_name": f"{i % 64}.jpg", "gsd": rng.random(2).tolist()}
+                record["location"] = rng.uniform((-180, -60), (180, 75)).tolist()
+                record["timestamp"] = f"20{10 + i % 8}-{1 + i % 12:02d}-{1 + i % 28:02d}T12:30:08Z"
+                file.write(json.dumps(record) + "\n")
