@@ -8,15 +8,15 @@ place, or else the JPEGs, which do not; and torchgeo's lists eurosat-train.txt a
 
 import cmath
 import functools
-import io
 import math
 from pathlib import Path
 from typing import Iterator
 
 from PIL import Image
 
-from data import errors_in_one_line, open_image
+from data import errors_in_one_line
 from metadata import BadInput
+from prepare import scenes
 from prepare.loop import Sample, arguments, encode, prepare
 from prepare.sources import (
     REFLECTANCE, eight_bits, list_files, need, report, split_by_lists,
@@ -62,15 +62,12 @@ def read_geotiff(path: Path) -> tuple[Image.Image, dict]:
 
 
 def make(path: Path, splits: dict[Path, str]) -> Iterator[Sample]:
-    kind, record = path.parent.name, {}
-    if path.suffix == ".tif":
-        image, record = read_geotiff(path)
-        content, ending = encode(image), ".png"
-    else:
-        content, ending = path.read_bytes(), ".jpg"
-        open_image(io.BytesIO(content), path)
-    record = {"file_name": f"{kind}/{path.stem}{ending}", "label": kind, **record}
-    yield Sample(splits[path], record, content)
+    if path.suffix == ".jpg":
+        yield from scenes.make(path, splits)
+        return
+    image, record = read_geotiff(path)
+    name, label = f"{path.parent.name}/{path.stem}.png", path.parent.name
+    yield Sample(splits[path], {"file_name": name, "label": label, **record}, encode(image))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -82,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
             need("tifffile")
         else:
             print("EuroSAT from JPEGs: no GSD, no place; the GeoTIFFs (EuroSATallBands) have both")
-        lists = ["eurosat-train.txt"], ["eurosat-test.txt"]
-        splits = split_by_lists(args.source, geotiffs or paths, *lists)
+        lists = {"eurosat-train.txt": "train", "eurosat-test.txt": "test"}
+        splits = split_by_lists(args.source, geotiffs or paths, lists)
         prepare(args.folder, list(splits), functools.partial(make, splits=splits), args.jobs)
         report(args.folder, "eurosat")
 

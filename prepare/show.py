@@ -31,12 +31,10 @@ def canvas(rows: int, columns: int, width: float, height: float):
 
 
 def save(figure, path: Path) -> None:
-    """Beside first: a full disk leaves no half picture under the name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     figure.savefig(unfinished, dpi=110, format="png")
-    unfinished.replace(path)
-    print(f"wrote {path}")
+    print(f"wrote {unfinished.replace(path)}")
 
 
 def draw_samples(split: Split, names: str, output: Path) -> None:

@@ -26,9 +26,7 @@ REFLECTANCE = 0.275
 
 
 def list_files(source: Path, *endings: str, under: tuple[str, ...] = ("",)) -> list[Path]:
-    """The files whose names end so in these folders of `source`, sorted; links are followed.
-
-    macOS puts a "._NAME" beside each NAME on disks of others: these are skipped and counted."""
+    """The files whose names end so in these folders of `source`, sorted; links are followed."""
     found, companions, walked = [], 0, set()
     walks = (os.walk(source / name, followlinks=True) for name in under)
     for folder, folders, names in itertools.chain.from_iterable(walks):
@@ -40,7 +38,7 @@ def list_files(source: Path, *endings: str, under: tuple[str, ...] = ("",)) -> l
         found += [Path(folder, name) for name in names if not name.startswith("._")]
         companions += sum(name.startswith("._") for name in names)
     if companions:
-        print(f"{source}: {companions:,} files ._* skipped, which macOS adds")
+        print(f"{source}: {companions:,} files ._* skipped, which macOS puts beside others")
     if not found:
         packed = sorted(path.name for path in source.glob("*") if path.name.endswith(ARCHIVES))
         advice = f"unpack {', '.join(packed)} first" if packed else "see prepare/README.md"
@@ -48,14 +46,11 @@ def list_files(source: Path, *endings: str, under: tuple[str, ...] = ("",)) -> l
     return sorted(found, key=str)
 
 
-def split_by_lists(
-    source: Path, paths: list[Path], train: list[str], test: list[str]
-) -> dict[Path, str]:
-    """-> the split of each path that one of the lists somewhere in `source` names, by its stem."""
+def split_by_lists(source: Path, paths: list[Path], lists: dict[str, str]) -> dict[Path, str]:
+    """-> the split of each path whose stem is in a list. lists: file in `source` -> split."""
     splits = {}
-    for split, lists in (("train", train), ("test", test)):
-        for name in lists:
-            splits |= dict.fromkeys(read_list(source, name), split)
+    for name, split in lists.items():
+        splits |= dict.fromkeys(read_list(source, name), split)
     return {path: splits[path.stem] for path in paths if path.stem in splits}
 
 
@@ -68,7 +63,7 @@ def need(package: str) -> ModuleType:
 
 
 def eight_bits(values: np.ndarray, white: float) -> Image.Image:
-    """[h, w, 3] -> an image: 0 and below become black, `white` and above white."""
+    """[h, w, 3] -> an image: 0 and below are black, `white` and above are white."""
     return Image.fromarray(np.rint(values * (255 / white)).clip(0, 255).astype(np.uint8))
 
 
