@@ -431,7 +431,7 @@ def normalise_and_shuffle(rank: int, world: int, kind=model.BatchNorm) -> tuple:
     y = norm.train()(part)
     (y * x.sin().chunk(world)[rank]).sum().backward()
     found = [y.detach(), part.grad, norm.eval()(part).detach(), norm.running_mean, norm.running_var]
-    return found, resnet_moco().encode_keys(small_batch(8)[0].chunk(world, 1)[rank])
+    return found, resnet_moco().key_encoder(small_batch(8)[0][-1].chunk(world)[rank])
 
 
 def resnet_moco() -> model.SatMIP:
