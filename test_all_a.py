@@ -173,7 +173,7 @@ MALFORMED = {
     "pixel_size": [[1e-4, math.inf], ["a", "b"], [True, 1]],
     "timestamp": [
         "2004-13-01", "2004-13", "2004-00", "2004-10-00", "2004-02-30", "2004-10-", ["2004"],
-        "2015-09-21T25:00", "2015-09-21T15:61", "2015-09-21T15:30:61Z", "0000-01", "\u0662000",
+        "2015-09-21T25:00", "2015-09-21T15:60", "2015-09-21T15:30:61Z", "0000-01", "\u0662000",
     ],
     "location": [
         [181, 0], [-181, 0], [0, 91], [0, -90.1], [None, 1], [1, nan], 12, [1, 2, 3], [1], ["", 1],
@@ -718,7 +718,7 @@ REFUSED_IMAGES = {
     "100000 x 100000-bomb.png": saved("PNG", with_crc(PNG, HUGE)),
     "damaged-text.png": b"hello",
     "damaged-cut.jpg": saved("JPEG")[:-6],
-    "damaged-program.eps": saved("EPS"),  # would start Ghostscript
+    "damaged-other.tga": saved("TGA"),  # Pillow reads more, but .eps would start Ghostscript
     "no such file-gone.png": None,
 }
 
