@@ -29,8 +29,8 @@ class Item(NamedTuple):
         return self.row.where
 
 
-def read_rows(args: argparse.Namespace) -> list[Row]:
-    """Rows of the table, of STAC items, or of images alone; blanks left out."""
+def read_rows(args: argparse.Namespace) -> tuple[list[Row], list[str]]:
+    """Rows of the table, of STAC items, or of images alone, blanks left out; and their columns."""
     if not args.images.is_dir():
         raise BadInput(f"{args.images}: no such folder")
     if not args.table.is_dir():
@@ -41,13 +41,14 @@ def read_rows(args: argparse.Namespace) -> list[Row]:
         print(f"{args.table}: no table and no STAC items in it: images alone, without metadata")
         paths = list_files(args.table, *IMAGES, *map(str.upper, IMAGES))
         rows = [Row(str(path), {"file_name": os.path.abspath(path)}) for path in paths]
-    kept = []
+    kept, columns = [], list(dict.fromkeys(name for row in rows for name in row.values))
     for row in rows:
         values = {k: v for k, v in row.values.items() if not is_blank(v, is_label(k))}
         kept.append(row._replace(values=values))
-    if not any(row.values for row in kept):
+    used = {name for row in kept for name in row.values}
+    if not used:
         raise BadInput(f"{args.table}: no row can be used; {rows[0].problem or 'all are empty'}")
-    return kept
+    return kept, [name for name in columns if name in used]
 
 
 def is_blank(value: object, label: bool) -> bool:
