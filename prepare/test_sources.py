@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+import zipfile
 from pathlib import Path, PosixPath
 
 import numpy as np
@@ -590,7 +591,7 @@ VIT_FILES = {
     "slip": ("state_dict", "module.visual.", {"module.logit_scale": torch.ones(())}),
     "clip": ("state_dict", "module.visual.", {"module.image_projection": torch.ones(2, 2)}),
     "mocov3": ("state_dict", "module.base_encoder.", {"module.momentum_encoder.x": torch.ones(1)}),
-    "dino": ("teacher", "module.backbone.", {"module.head.mlp.0.weight": torch.ones(2)}),
+    "dino": ("teacher", "backbone.", {"head.mlp.0.weight": torch.ones(2)}),
     "deit": ("model", "", {"head.bias": torch.ones(2)}),
     "timm": (None, "", {"head.weight": torch.ones(2, 2)}),
     "mae": ("model", "", {"mask_token": torch.ones(1)}),
@@ -611,9 +612,17 @@ BESIDE = {  # as the authors' own training scripts left it there
 
 
 def authors_file(path: Path, layout: tuple, tensors: dict) -> Path:
+    """As written in 2021, when NumPy's modules were named otherwise."""
     key, prefix, others = layout
     content = {prefix + name: value for name, value in tensors.items()} | others
-    torch.save({key: content, **BESIDE} if key else content, path)
+    buffer = io.BytesIO()
+    torch.save({key: content, **BESIDE} if key else content, buffer)
+    with zipfile.ZipFile(buffer) as new, zipfile.ZipFile(path, "w") as old:
+        for name in new.namelist():
+            part = new.read(name)
+            if name.endswith("data.pkl"):
+                part = part.replace(b"cnumpy._core.", b"cnumpy.core.")
+            old.writestr(name, part)
     return path
 
 
