@@ -8,6 +8,7 @@
     ask        month, hour, scale, country, place of an image
     missing    scores when fields are missing in the test images
     leakage    scores by distance to the nearest training image
+    baselines  what needs no training: histograms, location alone, raw metadata
     few_labels kNN with few labels
     export     the image encoder for timm
     variants   the embedded data with shuffled metadata, coarse or fine images only

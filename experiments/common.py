@@ -1,6 +1,7 @@
 """What the scripts that ask a run something share: its model, its features, places on the Earth."""
 
 import argparse
+import io
 import json
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def nearest_km(places: Tensor, others: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# Synthetic data
+# Pictures and synthetic data
 
 
 def write_synthetic(folder: Path, size: int, rows: int) -> None:
@@ -150,3 +151,26 @@ def write_synthetic(folder: Path, size: int, rows: int) -> None:
                 record["location"] = rng.uniform((-180, -60), (180, 75)).tolist()
                 record["timestamp"] = f"20{10 + i % 8}-{1 + i % 12:02d}-{1 + i % 28:02d}T12:30:08Z"
                 file.write(json.dumps(record) + "\n")
+
+
+def pyplot():
+    """matplotlib's, which pictures and figures alone need."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise BadInput("no picture: matplotlib is missing (pip install matplotlib)") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_figure(figure, path: Path, dpi: int = 100) -> None:
+    """Written beside and renamed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    pyplot().close(figure)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_bytes(buffer.getvalue())
+    unfinished.replace(path)
+    print(path)

@@ -14,25 +14,12 @@ from torch import Tensor
 
 import data
 from evaluate import Pretrained, extract, knn, score, with_random_weights
+from experiments.baselines import histograms
 from experiments.common import Splits, arguments, open_run
 from experiments.results import append, class_name, missing, model_name, percent
 from metadata import BadInput
 
 COUNTS = ((50, 1), (200, 1), (600, 5), (2000, 5), (0, 20))  # labels and k; 0: all of them
-BINS = 16
-
-
-def histograms(split: data.Split, size: int, workers: int) -> Tensor:
-    """Colour histograms [n, 3 BINS] as a baseline: square roots of shares, whose cosine compares
-    distributions (Bhattacharyya)."""
-    found = []
-    for batch in data.load(split, size, list(torch.arange(len(split)).split(512)), workers):
-        levels = batch.images.flatten(2).long() // (256 // BINS)  # [B, 3, h w]
-        counts = torch.zeros(*levels.shape[:2], BINS).scatter_add_(
-            2, levels, torch.ones(levels.shape)
-        )
-        found.append((counts / counts.sum(dim=2, keepdim=True)).sqrt().flatten(1))
-    return torch.cat(found)
 
 
 def subset(known: Tensor, count: int, seed: int) -> Tensor:

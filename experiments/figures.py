@@ -13,9 +13,10 @@ import statistics
 from pathlib import Path
 
 import data
+from experiments.common import pyplot, save_figure
 from experiments.results import (
-    METRICS, class_name, collect, dataset_name, metric_of, model_name, pyplot, read_rows, run_cost,
-    save_figure, scores, setting,
+    METRICS, class_name, collect, dataset_name, metric_of, model_name, read_rows, run_cost, scores,
+    setting,
 )  # fmt: skip
 from metadata import BadInput
 
@@ -36,7 +37,7 @@ def position(kind: str, r: dict) -> object:
     """What a point or bar stands over."""
     if kind == "modality":
         return model_name(r)
-    return setting(r, "fields").replace(",", "\n") if kind == "fields" else r["epochs"]
+    return setting(r, "fields") if kind == "fields" else r["epochs"]
 
 
 def relative_times(results: list[dict]) -> dict[tuple[str, int], float]:
@@ -89,7 +90,8 @@ def panel(axis, kind: str, shown: list[dict], metric: str, times: dict) -> None:
             x = [times[name, epochs] for epochs in found]
         axis.errorbar(x, mean, deviation, marker="o", markersize=4, capsize=3, label=name)
     if bars:
-        axis.set_xticks(range(len(places)), places, fontsize=7)
+        names = [place.replace(",", "\n") for place in places]
+        axis.set_xticks(range(len(places)), names, fontsize=7)
     elif kind == "epochs":
         axis.set_xscale("log", base=2)
         axis.set_xticks(places, places)

@@ -17,10 +17,10 @@ from PIL import Image
 import data
 from evaluate import Pretrained, extract
 from experiments.common import (
-    Rows, Splits, arguments, embed, location, metadata_features, nearest_km, open_run, spread,
-    unit_sphere,
+    Rows, Splits, arguments, embed, location, metadata_features, nearest_km, open_run, pyplot,
+    save_figure, spread, unit_sphere,
 )  # fmt: skip
-from experiments.results import class_name, pyplot, save_figure
+from experiments.results import class_name
 from metadata import BadInput
 
 EARTH = Path(__file__).parents[1] / "demo" / "bluemarble-2004-07.jpg"

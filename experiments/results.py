@@ -1,7 +1,6 @@
 """Result rows, as evaluate.py --output writes them, and what tables and figures make of them."""
 
 import dataclasses
-import io
 import json
 import statistics
 from pathlib import Path
@@ -92,9 +91,17 @@ def setting(result: dict, name: str) -> str:
     value = result.get(name)
     if name == "init":
         return str(bool(value))
+    if name == "trained_on":
+        return Path(value or "").name
     if name == "fields" and value == ",".join(FIELDS):
         return "all"
     return str(value)
+
+
+def run_folder(result: dict) -> Path:
+    """Of the run whose checkpoint was scored."""
+    path = Path(result.get("checkpoint", ""))
+    return path.parent if path.suffix == ".pt" else path
 
 
 def collect(results: list[dict], place: Callable[[dict], tuple]) -> dict[tuple, dict[int, dict]]:
@@ -105,7 +112,7 @@ def collect(results: list[dict], place: Callable[[dict], tuple]) -> dict[tuple, 
     for r in results:
         seeds, seed = cells.setdefault(place(r), {}), r.get("seed")
         before = seeds.get(seed, r)
-        if before.get("checkpoint") != r.get("checkpoint") and r["method"] != "random":
+        if run_folder(before) != run_folder(r) and r["method"] != "random":
             unlike = [name for name in SETTINGS if before.get(name) != r.get(name)]
             differ = ", ".join(f"{n} {setting(before, n)} and {setting(r, n)}" for n in unlike)
             raise BadInput(
@@ -138,10 +145,7 @@ def percent(share: float) -> str:
 def run_cost(result: dict) -> tuple[float, float] | None:
     """Seconds and GiB (0 on a CPU) of the run's training by the log.jsonl beside its checkpoint;
     None where there is none."""
-    path = Path(result.get("checkpoint", ""))
-    if path.suffix == ".pt":
-        path = path.parent
-    path = path / "log.jsonl"
+    path = run_folder(result) / "log.jsonl"
     if not path.is_file():
         return None
     entries = [json.loads(line) for line in path.read_text().splitlines()]
@@ -175,26 +179,3 @@ def markdown(lines: list[list[str]]) -> str:
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     rows = [" | ".join(c.ljust(w) for c, w in zip(line, widths)) for line in lines]
     return "\n".join(f"| {row} |" for row in rows)
-
-
-def pyplot():
-    """matplotlib's, which pictures and figures alone need."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise BadInput("no picture: matplotlib is missing (pip install matplotlib)") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def save_figure(figure, path: Path, dpi: int = 100) -> None:
-    """Written beside and renamed."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    pyplot().close(figure)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(buffer.getvalue())
-    unfinished.replace(path)
-    print(path)

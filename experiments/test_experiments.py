@@ -1,0 +1,507 @@
+"""The scripts of this folder, in the order of its README: tables, figures, cost, pictures, questions.
+
+    pytest -q experiments
+"""
+
+import contextlib
+import importlib
+import io
+import itertools
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import evaluate
+import train
+from experiments import (
+    ask, common, cost, evidence, export, few_labels, figures, leakage, missing, pictures,
+    results, retrieval, tables, variants,
+)  # fmt: skip
+from metadata import parse_timestamp
+
+HERE = Path(__file__).parent
+CPU = ["--device", "cpu", "--workers", "0"]
+
+# --------------------------------------------------------------------------------------------------
+# Helpers
+
+
+def refusal(main, *argv) -> str:
+    """The one line with which a script refuses its arguments."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in argv])
+    line = str(caught.value)
+    assert line.startswith("error: ") and "\n" not in line, line
+    return line
+
+
+def said(main, *argv) -> str:
+    """What a script prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main([str(a) for a in argv])
+    return out.getvalue()
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """Cells of the Markdown tables in a text, without the lines below their headers."""
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "| ---" not in line]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """48 and 16 images of two kinds, told by colour and by hemisphere; some lack fields or labels."""
+    folder, rng = tmp_path_factory.mktemp("dataset"), np.random.default_rng(0)
+    for split, count in (("train", 48), ("test", 16)):
+        (folder / split).mkdir()
+        lines = []
+        for i in range(count):
+            pixels = rng.integers(0, 100, (32, 32, 3), np.uint8)
+            pixels[..., i % 2] += 100
+            Image.fromarray(pixels).save(folder / split / f"{i}.png")
+            record = {"file_name": f"{i}.png", "label_kind": ("forest", "bare_rock")[i % 2]}
+            record["gsd"] = float(rng.choice([1000, 20000]))
+            record["timestamp"] = f"2004-{rng.choice([1, 7]):02d}"
+            latitude = rng.uniform(5, 60) * (1 - 2 * (i % 2))
+            record["location"] = [round(rng.uniform(-170, 170), 2), round(latitude, 2)]
+            for name in (("timestamp", "location", "label_kind")[i % 3],) * (i % 7 == 3):
+                del record[name]
+            lines.append(json.dumps(record) + "\n")
+        (folder / split / "metadata.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(dataset, tmp_path_factory):
+    """A run of one epoch: run("simclr"), run("satmips")."""
+    folder, made = tmp_path_factory.mktemp("runs"), set()
+
+    def make(method: str) -> Path:
+        argv = ["--method", method, "--data", dataset, "--preset", "small", "--image-size", 32]
+        argv += ["--epochs", 1, "--batch-size", 16, "--workers", 0, "--output", folder / method]
+        argv += ["--metadata-encoder", "table"]
+        if method not in made:
+            said(train.main, *argv)
+        made.add(method)
+        return folder / method
+
+    return make
+
+
+def opened(run: Path, dataset: Path):
+    """A run's model, the splits and their features."""
+    p, splits = common.open_run(run, common.arguments("").parse_args([str(run), *CPU]))
+    return p, splits, common.both_features(p, splits, 0)
+
+
+def made_results(folder: Path) -> list[dict]:
+    """What scoring three methods at two lengths, with two seeds, might write."""
+    found = []
+    for method, epochs, seed in itertools.product(("simclr", "satmip", "satmips"), (25, 50), (0, 1)):
+        path = folder / f"{method} {epochs} {seed}"
+        path.mkdir(parents=True, exist_ok=True)
+        seconds = 10 * {"simclr": 1.0, "satmip": 0.5, "satmips": 1.25}[method] * epochs
+        entry = {"step": 9, "epoch": epochs, "seconds": seconds, "memory": seconds / epochs}
+        (path / "log.jsonl").write_text(json.dumps(entry) + '\n{"step": 9, "knn": 0.5}\n')
+        config = train.parse_config(["--method", method, "--data", "x", "--epochs", str(epochs)])
+        common_ = vars(config) | {"checkpoint": str(path / "checkpoint.pt"), "seed": seed}
+        common_ |= {"fields": "gsd,timestamp,location", "metadata_encoder": "table"}
+        for data_, label in (("x/fmow", "label"), ("data/demo", "label_climate")):
+            r = common_ | {"data": data_, "label": label, "test": 9, "features": "image"}
+            for k in (1, 5, 100):
+                score = {"accuracy": 0.25 + k / 1000, "macro_f1": 0.5 + seed / 10}
+                found.append(r | {"protocol": "knn", "k": k} | score)
+            found.append(r | {"protocol": "linear", "accuracy": 0.75, "macro_f1": 0.5})
+    return found
+
+
+@pytest.fixture(scope="session")
+def result_file(tmp_path_factory):
+    """A file with those of the made results that fit, and that file's path."""
+    folder = tmp_path_factory.mktemp("made")
+
+    def write(name: str, **fixed) -> Path:
+        path = folder / f"{name}.jsonl"
+        path.unlink(missing_ok=True)
+        wanted = [r for r in made_results(folder) if fixed.items() <= r.items()]
+        results.append(path, wanted)
+        return path
+
+    return write
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+
+def test_a_table_a_label_with_k_as_columns(result_file):
+    """Percent; seeds become mean and sample deviation; what differs among runs has a row each."""
+    rows = rows_of(said(tables.main, result_file("all"), "--metric", "accuracy"))
+    assert rows[0] == ["fmow, label: accuracy (%)", "k=1", "k=5", "k=100", "linear"]
+    assert rows[1] == ["simclr, epochs=25, image", "25.1 ± 0.0", "25.5 ± 0.0", "35.0 ± 0.0",
+                       "75.0 ± 0.0"]  # fmt: skip
+    assert rows[7][0] == "demo, climate: accuracy (%)" and len(rows) == 14
+    assert rows[-1][0] == "satmips (table), epochs=50, image"
+    f1 = rows_of(said(tables.main, result_file("all"), "--k", 5))
+    assert f1[0] == ["fmow, label: macro_f1 (%)", "k=5", "linear"] and f1[1][1] == "55.0 ± 7.1"
+
+
+def test_tables_of_the_paper(result_file):
+    """Our scores in the paper's rows, k in the header, its numbers beside, differences below."""
+    path = result_file("short", epochs=25)
+    lines = tables.PAPER.read_text(encoding="utf-8").splitlines()
+    numbers = {line.split(";")[0] for line in lines if line[0] not in "#t"}
+    assert numbers == {"2", "3", "4", "5", "6", "S4", "S5", "S6", "S8"} and lines[0][0] == "#"
+    for number in numbers:
+        assert max(len(row[0]) for row in rows_of(said(tables.main, path, "--paper", number))) < 60
+    text = said(tables.main, path, "--paper", 2)
+    two = rows_of(text)
+    assert two[0][:4] == ["Table 2", "fMoW F1 k=100", "paper: fMoW F1 k=100", "paper: R45 k=5"]
+    assert two[0][-1] == "demo climate k=5" and two[3][:3] == ["satmips", "55.0 ± 7.1", "62.3 ± 0.0"]
+    assert text.endswith("Here (the paper): metadata_encoder table (text); epochs 25 (200)\n")
+    eight = rows_of(said(tables.main, path, "--paper", "S8"))
+    assert eight[0][1:5] == ["time", "paper: time", "memory", "paper: memory"]
+    assert eight[3][1:5] == ["1.25", "1.05", "1.25", "1.11"], "of each run's log.jsonl"
+    five = rows_of(said(tables.main, path, "--paper", 5))
+    assert five[8][:5] == ["satmip fields=all", "", "50.7 ± 0.1", "58.0 ± 0.2", "78.6 ± 0.1"]
+    six = rows_of(said(tables.main, path, "--paper", "S6"))
+    assert six[0][1:3] == ["fMoW 25 epochs F1", "paper: fMoW 25 epochs F1"]
+
+
+def test_tables_refuse_what_they_cannot_tell_apart(result_file, tmp_path):
+    """Two runs of one seed in a cell; a file that holds no results. The same run twice is no fault."""
+    both, short = result_file("both"), result_file("short", epochs=25)
+    line = refusal(tables.main, both, "--paper", 2)
+    assert re.search(r"simclr 25 0.* and .*simclr 50 0.* both seed 0 .*epochs 25 and 50", line)
+    assert "--paper 7: not one of 2, 3, 4" in refusal(tables.main, both, "--paper", 7)
+    assert "README.md, line 1: not a result" in refusal(tables.main, HERE / "README.md")
+    assert "nowhere.jsonl: no such file" in refusal(tables.main, tmp_path / "nowhere.jsonl")
+    again = [r | {"macro_f1": 0.125} for r in json_lines(short)]
+    results.append(tmp_path / "again.jsonl", again)
+    rows = rows_of(said(tables.main, short, tmp_path / "again.jsonl", "--paper", 2))
+    assert rows[1][1] == "12.5 ± 0.0", "of a checkpoint that was scored twice the last counts"
+
+
+def test_tables_of_real_runs(run):
+    """What training leaves: both methods and the untrained network, which is one of each seed."""
+    paths = [run(method) / "results.jsonl" for method in ("simclr", "satmips")]
+    names = [row[0] for row in rows_of(said(tables.main, *paths))]
+    assert names[0] == "dataset0, kind: accuracy (%)"
+    assert {"simclr, image", "satmips (table), both", "untrained, image"} <= {*names}
+    assert names.count("untrained, image") == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+
+
+@pytest.mark.parametrize("kind", figures.KINDS)
+def test_figures(kind, result_file, tmp_path):
+    """A picture of each kind; bars cannot tell lengths apart, and time needs SimCLR."""
+    path = result_file("short", epochs=25)
+    if kind in ("epochs", "time"):
+        path = result_file("all")
+    figures.main([kind, str(path), "--output", str(tmp_path / "x.png"), "--k", "5"])
+    assert min(Image.open(tmp_path / "x.png").size) > 300
+    assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
+    if kind == "time":
+        times = figures.relative_times(json_lines(path))
+        assert times["satmip (table)", 50] == 1 and times["satmips (table)", 25] == 1.25
+        other = result_file("other", method="satmip")
+        assert "no run of simclr" in refusal(figures.main, kind, other, "--output", "x", "--k", 5)
+    if kind in figures.BARS:
+        line = refusal(figures.main, kind, result_file("all"), "--output", "x", "--k", 5)
+        assert "both seed 0" in line
+
+
+# --------------------------------------------------------------------------------------------------
+# Cost
+
+
+def test_cost_report(tmp_path):
+    """The parts of a step add up to it; a second view and the head double SatMIP's arithmetic."""
+    argv = ["--preset", "small", "--image-size", 32, "--batch-size", 4, "--rounds", 1]
+    text = said(cost.main, *argv, "--workers", 0, "--json", tmp_path / "cost.jsonl")
+    names = ["simclr", "satmip (text)", "satmip (table)", "satmips (text)", "satmips (table)"]
+    rows = json_lines(tmp_path / "cost.jsonl")
+    assert [row["method"] for row in rows] == names == [row[0] for row in rows_of(text)[1:]]
+    for row in rows:
+        step, wait = row["ms"].pop("step"), row["ms"].pop("wait")
+        assert {"augment", "forward", "backward", "optimizer", "end"} == {*row["ms"]} and wait > 0
+        assert abs(sum(row["ms"].values()) - step) < 1e-6
+        assert 0 < row["GiB"] < 4 and 0 < row["of peak"] < 1.5
+    assert [rows[0]["time"], rows[0]["memory"]] == [1, 1]
+    # 5 tokens of width 128 in 4 blocks, the last MLP for one of them; gradients cost twice
+    patches, head = 2 * 4 * 768 * 128, 2 * (128 * 512 + 512 * 512 + 512 * 256)
+    blocks = 3 * 2 * (5 * 12 * 128**2 + 2 * 5 * 5 * 128)
+    blocks += 2 * ((5 * 4 + 8) * 128**2 + 2 * 5 * 5 * 128)
+    flops = 2 * (2 * patches + 3 * blocks + 3 * head) + 3 * 2 * 2 * 2 * 256
+    assert abs(rows[0]["GFLOP a sample"] * 1e9 / flops - 1) < 0.05
+    view = rows[4]["GFLOP a sample"] - rows[2]["GFLOP a sample"]
+    assert abs(view * 1e9 / (2 * patches + 3 * blocks + 6 * head) - 1) < 0.05
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_pictures(run, dataset, monkeypatch):
+    """Two pictures of a run, one where no metadata are read; one line where matplotlib is missing."""
+    text = said(pictures.main, run("satmips"), *CPU)
+    assert text.split() == [str(run("satmips") / f"{n}.png") for n in ("neighbours", "places")]
+    assert min(Image.open(run("satmips") / "places.png").size) > 500
+    assert said(pictures.main, run("simclr"), *CPU).count(".png") == 1
+    assert "--label x: not one of label_kind" in refusal(
+        pictures.main, run("simclr"), "--label", "x", *CPU
+    )
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    assert "matplotlib is missing" in refusal(pictures.main, run("simclr"), *CPU)
+
+
+def test_classes_are_spelled_out():
+    """Köppen's codes with their meaning, other names as they are, in at most two lines."""
+    assert pictures.spell("Dfb") == "Dfb, continental, warm\nsummer"
+    assert pictures.spell("bare_rock") == "bare rock"
+    assert all(pictures.spell(code).count("\n") <= 1 for code in pictures.KOPPEN)
+
+
+# --------------------------------------------------------------------------------------------------
+# Places
+
+
+def test_great_circles():
+    """Paris to New York, a quarter of the globe, a metre: the haversine's answers."""
+    a = common.unit_sphere([[2.3522, 48.8566], [0, 0], [10, 50]])
+    b = common.unit_sphere([[-74.006, 40.7128], [90, 0], [10, 50 + 1e-5 / 1.11195]])
+    expected = torch.tensor([5837.2, math.pi / 2 * 6371, 1e-3])
+    assert (common.great_circle(a, b) - expected).abs()[:2].max() < 1
+    assert abs(common.great_circle(a, b)[2] - 1e-3) < 1e-6
+    assert common.unit_sphere([None]).norm() == 0
+    each = common.great_circle(a[:, None], b)
+    assert torch.equal(common.nearest_km(a, b), each.min(dim=1).values)
+
+
+# --------------------------------------------------------------------------------------------------
+# Retrieval, ask, missing, leakage
+
+
+def test_ranks_equal_a_loop():
+    """1 + those that are nearer + half of those as near; recall and median, both ways."""
+    torch.manual_seed(0)
+    images, metadata = (F.normalize(torch.randn(30, 4), dim=1) for _ in range(2))
+    metadata[20:] = metadata[:10]  # images that share their metadata
+    expected = []
+    for i, query in enumerate(images.double()):
+        similarity = [float(query @ other) for other in metadata.double()]
+        nearer = sum(s > similarity[i] + 1e-12 for s in similarity)
+        equal = sum(abs(s - similarity[i]) <= 1e-12 for s in similarity) - 1
+        expected.append(1 + nearer + equal / 2)
+    assert retrieval.ranks(images, metadata).tolist() == expected
+    there, back = retrieval.retrieval({"image": images, "metadata": metadata})
+    assert there["features"] == "image to metadata" and back["features"] == "metadata to image"
+    assert there["recall_5"] == np.mean(np.array(expected) <= 5)
+
+
+def test_retrieval_needs_metadata(run, tmp_path):
+    text = said(retrieval.main, run("satmips"), "--output", tmp_path / "x" / "r.jsonl", *CPU)
+    assert rows_of(text)[1][:2] == ["satmips (table), seed 0", "image to metadata"]
+    assert len(json_lines(tmp_path / "x" / "r.jsonl")) == 2
+    assert "simclr reads no metadata" in refusal(retrieval.main, run("simclr"), *CPU)
+
+
+def test_answers_of_records():
+    """Month and hour where the timestamp says them, the octave of the scale, a place in range."""
+    months = [ask.answer("month", v) for v in ("2004-10", "2004", None, "2004-13")]
+    assert months == [10, None, None, None]
+    hours = [ask.answer("hour", v) for v in ("2015-09-21T15:30:08Z", "2015-09-21")]
+    assert hours == [15, None]
+    assert [ask.answer("gsd", v) for v in ([0.9, 1.1], 3.1, [0, 1])] == [1.0, 4.0, None]
+    assert [ask.answer("place", v) for v in ([1, 2], [1, 91])] == [(1.0, 2.0), None]
+    assert ask.answer("country", "PER") == "PER"
+
+
+def test_ask_adds_up_a_gallery_of_single_fields(run, dataset, tmp_path):
+    """Months by hand: softmax over records with nothing but a timestamp, added up by month."""
+    p, (train_, test), (_, features) = opened(run("satmips"), dataset)
+    images = common.embed(p, {"image": features["image"]})["image"]
+    result = ask.ask(p, (train_, test), images, "month")
+    values = [r["timestamp"] for r in train_ if "timestamp" in r]
+    gallery = common.metadata_features(p, [{"timestamp": v} for v in values])
+    gallery = common.embed(p, {"metadata": gallery})["metadata"]
+    right = []
+    for i, record in enumerate(test):
+        if "timestamp" in record:
+            sums = np.zeros(13)
+            scores = (gallery @ images[i] * p.model.logit_scale.exp()).softmax(0).tolist()
+            for value, score in zip(values, scores):
+                sums[int(parse_timestamp(value)[1])] += score
+            right.append(sums.argmax() == parse_timestamp(record["timestamp"])[1])
+    assert result["test"] == len(right) < 16 and result["accuracy"] == np.mean(right)
+    rows = rows_of(said(ask.main, run("satmips"), "--places", tmp_path / "map.png", *CPU))
+    assert [row[1] for row in rows] == ["asked for", "month", "gsd", "place"]
+    assert "km off" in rows[3][2] and Image.open(tmp_path / "map.png").height > 500
+
+
+def test_missing_fields(run, dataset, tmp_path):
+    """Nothing missing is the probe on image and metadata, beside it the image alone."""
+    text = said(missing.main, run("satmips"), "--output", tmp_path / "m.jsonl", *CPU)
+    found = {r["missing"]: r["accuracy"] for r in json_lines(tmp_path / "m.jsonl")}
+    probe = {}
+    for r in json_lines(run("satmips") / "results.jsonl"):
+        if r["protocol"] == "linear" and r["method"] == "satmips":
+            probe[r["features"]] = r["accuracy"]
+    assert found["nothing"] == probe["both"] and found["image alone"] == probe["image"]
+    fields = ["gsd", "timestamp", "location"]
+    assert [*found][4:-2] == fields and "all fields" in found
+    assert [row[0] for row in rows_of(text)[1:]] == [*found]
+    mask = missing.masks(fields, 2000)
+    assert abs(mask["25% of all values"].mean() - 0.25) < 0.03 and mask["all fields"].all()
+    assert mask["timestamp"].sum(axis=0).tolist() == [0, 2000, 0]
+
+
+def test_leakage_by_distance(run, dataset, tmp_path):
+    """Distances by hand; every image with a label and a place is in one group; sizes differ by 1."""
+    text = said(leakage.main, run("satmips"), "--output", tmp_path / "l.jsonl", "--bins", 3, *CPU)
+    found = json_lines(tmp_path / "l.jsonl")
+    splits = data.read_dataset(dataset)
+    places = [[common.location(r) for r in split] for split in splits]
+    known = [common.unit_sphere([place])[0] for place in places[0] if place]
+    km = []
+    for record, place in zip(splits[1], places[1]):
+        if place and "label_kind" in record:
+            here = common.unit_sphere([place])[0]
+            km.append(min(float(common.great_circle(here, other)) for other in known))
+    image = [r for r in found if r["features"] == "image"]
+    assert sum(r["test"] for r in image) == len(km)
+    assert max(r["test"] for r in image) - min(r["test"] for r in image) <= 1
+    assert abs(image[0]["from_km"] - min(km)) < 1e-6 > abs(image[-1]["to_km"] - max(km))
+    kinds = ["image", "metadata", "both", "location alone"]
+    assert [r["features"] for r in found[:4]] == kinds and rows_of(text)[0][3:7] == kinds
+    assert "--bins 0" in refusal(leakage.main, run("satmips"), "--bins", 0, *CPU)
+
+
+# --------------------------------------------------------------------------------------------------
+# Few labels, export
+
+
+def test_few_labels(run, dataset, tmp_path, monkeypatch):
+    """Subsets are shared and nested; all labels give evaluate.py's kNN; a restart adds nothing."""
+    known = torch.arange(10, 40)
+    assert torch.equal(few_labels.subset(known, 5, 3), few_labels.subset(known, 20, 3)[:5])
+    assert not torch.equal(few_labels.subset(known, 5, 3), few_labels.subset(known, 5, 4))
+    monkeypatch.setattr(few_labels, "COUNTS", ((10, 1), (0, 20)))
+    argv = [run("simclr"), "--subsets", 3, "--histograms", "--random", *CPU]
+    argv += ["--output", tmp_path / "few.jsonl"]
+    said(few_labels.main, *argv)
+    found = json_lines(tmp_path / "few.jsonl")
+    assert [r["method"] for r in found] == ["simclr"] * 2 + ["random"] * 2 + ["histograms"] * 2
+    for r in json_lines(run("simclr") / "results.jsonl"):
+        if r.get("k") == 20 and r["method"] == "simclr":
+            assert r["accuracy"] == found[1]["accuracy"]
+    assert found[0]["subsets"] == 3 and found[1]["subsets"] == 1 and found[5]["accuracy"] == 1
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found[:-1]))
+    text = said(few_labels.main, *argv)
+    assert json_lines(tmp_path / "few.jsonl") == found and text.count(" 0 to score") == 2
+    assert rows_of(said(tables.main, tmp_path / "few.jsonl"))[0][1:] == [
+        "10 labels k=1", f"{found[1]['labelled']} labels k=20",
+    ]  # fmt: skip
+
+
+def test_timm_takes_the_export(run, dataset, tmp_path):
+    """The header's lines, run: the same features as ours, with the standardisation in the JSON."""
+    timm = pytest.importorskip("timm")
+    said(export.main, run("satmips"), tmp_path, "--features", dataset, *CPU)
+    names = ["encoder.json", "encoder.pt", "test.json", "test.npy", "train.json", "train.npy"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    files = json.loads((tmp_path / "test.json").read_text())
+    images = [data.load_image(dataset / "test" / name, 32) for name in files]
+    images = data.plain(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+    snippet = "\n".join(re.findall(r"^    (?!python)(.*)$", export.__doc__, re.MULTILINE))
+    names = {"images": images, "timm": timm, "torch": torch}
+    exec(snippet.replace("OUT/", f"{tmp_path}/"), names)
+    ours = torch.from_numpy(np.load(tmp_path / "test.npy"))
+    assert (names["features"] - ours).abs().max() < 1e-4
+    p, _, (_, features) = opened(run("satmips"), dataset)
+    assert (features["image"] - ours).abs().max() < 1e-5
+
+
+# --------------------------------------------------------------------------------------------------
+# Variants and evidence
+
+
+def test_variants(dataset, tmp_path):
+    """Shuffled: the same metadata in other rows, labels where they were. Images can be read."""
+    records = [*data.read_dataset(dataset)[0]]
+    for kind in variants.KINDS:
+        said(variants.main, kind, dataset, tmp_path / kind)
+        train_, test = data.read_dataset(tmp_path / kind)
+        data.load_image(train_.folder / train_[0]["file_name"], 32)
+        assert len(test) == 16
+    shuffled = [*data.read_dataset(tmp_path / "shuffled")[0]]
+    for name, same in (("label_kind", True), ("location", False), ("gsd", False)):
+        columns = [[r.get(name) for r in rows] for rows in (records, shuffled)]
+        assert (columns[0] == columns[1]) == same
+        assert sorted(map(str, columns[0])) == sorted(map(str, columns[1]))
+    scales = {k: {r["gsd"] for r in data.read_dataset(tmp_path / k)[0]} for k in ("coarse", "fine")}
+    assert scales == {"coarse": {20000.0}, "fine": {1000.0}}
+    fields = data.choose_fields(tmp_path / "rounded", "")
+    assert [f.style for f in fields if f.kind == "number"] == ["%.0f", "%.0f"]
+    assert "exists" in refusal(variants.main, "fine", dataset, tmp_path / "fine")
+
+
+def test_evidence_says_what_is_missing(tmp_path):
+    """Commands in their order; a run that has its last epoch is not trained again."""
+    argv = ["shuffled", "--list", "--seeds", 0, "--folder", tmp_path, "--data", tmp_path / "demo"]
+    lines = said(evidence.main, *argv).splitlines()
+    kinds = [line.split()[1] if line.split()[1] != "-m" else line.split()[2] for line in lines]
+    once = ["train.py", "evaluate.py", "experiments.few_labels"]
+    assert kinds == [*once, *once, "experiments.variants", *once, "0"]
+    folder = tmp_path / "simclr-0"
+    folder.mkdir()
+    (folder / "checkpoint.pt").touch()
+    (folder / "log.jsonl").write_text('{"step": 1, "epoch": 4}\n{"step": 1, "knn": 0}\n')
+    row = {"checkpoint": str(folder / "checkpoint.pt"), "features": "image", "data": "demo",
+           "label": "label_climate", "method": "simclr"}  # fmt: skip
+    results.append(tmp_path / "scores.jsonl", [row | {"protocol": "linear"}])
+    results.append(tmp_path / "scores.jsonl", [row | evidence.LAST_FEW])
+    assert said(evidence.main, *argv).splitlines()[:-1] == lines[3:-1]
+    (folder / "log.jsonl").write_text('{"step": 1, "epoch": 3}\n')
+    assert said(evidence.main, *argv).splitlines()[0] == lines[0]
+    assert "nonsense: not one of longer" in refusal(evidence.main, "nonsense")
+
+
+# --------------------------------------------------------------------------------------------------
+# README
+
+
+def test_documented_commands_have_their_options(capsys):
+    """Every option in README.md is one of the program before it; every program is there."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    programs = re.findall(r"(train\.py|evaluate\.py|(?:experiments|prepare)\.\w+) ([^`\n|]*)", text)
+    asked = {}
+    for program, rest in programs:
+        asked.setdefault(program, set()).update(re.findall(r"--[a-z][a-z-]*", rest))
+    assert {f"experiments.{p.stem}" for p in HERE.glob("*.py")} - {*asked} == {
+        "experiments.__init__", "experiments.common", "experiments.results",
+        "experiments.test_experiments",
+    }  # fmt: skip
+    for program, options in asked.items():
+        with pytest.raises(SystemExit):
+            importlib.import_module(program.removesuffix(".py")).main(["--help"])
+        known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+        if program == "experiments.cost":  # takes those of train.py
+            known |= {"--" + name.replace("_", "-") for name in train.Config.__dataclass_fields__}
+        assert options <= known, (program, options - known)
