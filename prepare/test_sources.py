@@ -413,7 +413,7 @@ def test_wilds(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "no ground sample distance" in out and "1 left out: false detections" in out
     table.write_text(table.read_text().replace("timestamp", "date"))
-    assert "rgb_metadata.csv, row 1: no timestamp" in refused_by(wilds, tmp_path / "wilds", "x")
+    assert "rgb_metadata.csv: no column timestamp" in refused_by(wilds, tmp_path / "wilds", "x")
 
 
 def write_classes(folder: Path, classes: dict[str, int], suffix: str, name: str) -> list[str]:

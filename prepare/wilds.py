@@ -27,10 +27,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
             rows = list(csv.DictReader(file, strict=True))
     except (csv.Error, UnicodeDecodeError):
         raise BadInput(f"{path}: damaged, no CSV table in UTF-8; fetch it again") from None
-    for i, row in enumerate(rows):
-        for name in COLUMNS:
-            if not row.get(name):
-                raise BadInput(f"{path}, row {i + 1}: no {name}; wanted are {', '.join(COLUMNS)}")
+    missing = [name for name in COLUMNS if not rows or name not in rows[0]]
+    if missing:
+        raise BadInput(f"{path}: no column {missing[0]}; is it WILDS' table?")
     return rows
 
 
