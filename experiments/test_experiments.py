@@ -490,7 +490,7 @@ def test_evidence_says_what_is_missing(tmp_path):
 def test_documented_commands_have_their_options(capsys):
     """Every option in README.md is one of the program before it; every program is there."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
-    programs = re.findall(r"(train\.py|evaluate\.py|(?:experiments|prepare)\.\w+) ([^`\n|]*)", text)
+    programs = re.findall(r"(train\.py|evaluate\.py|(?:experiments|prepare)\.[a-z_0-9]+)\b([^`\n|]*)", text)
     asked = {}
     for program, rest in programs:
         asked.setdefault(program, set()).update(re.findall(r"--[a-z][a-z-]*", rest))
