@@ -38,6 +38,8 @@ def read_rows(args: argparse.Namespace) -> tuple[list[Row], list[str]]:
     elif next(args.table.rglob("*.json"), None) or next(args.table.rglob("*.geojson"), None):
         rows = read_items(args.table, args.asset)
     else:
+        for table in [*args.table.glob("*.csv"), *args.table.glob("*.jsonl")]:
+            raise BadInput(f"{args.table}: holds {table.name}; give that as TABLE, this as IMAGES")
         print(f"{args.table}: no table and no STAC items in it: images alone, without metadata")
         paths = list_files(args.table, *IMAGES, *map(str.upper, IMAGES))
         rows = [Row(str(path), {"file_name": os.path.abspath(path)}) for path in paths]
@@ -47,7 +49,8 @@ def read_rows(args: argparse.Namespace) -> tuple[list[Row], list[str]]:
         kept.append(row._replace(values=values))
     used = {name for row in kept for name in row.values}
     if not used:
-        raise BadInput(f"{args.table}: no row can be used; {rows[0].problem or 'all are empty'}")
+        why = rows[0].problem if rows else "no STAC item"
+        raise BadInput(f"{args.table}: no row can be used; {why or 'all are empty'}")
     return kept, [name for name in columns if name in used]
 
 
@@ -90,8 +93,8 @@ def path_column(rows: list[Row], names: list[str], args: argparse.Namespace) -> 
                 return name
             except (BadInput, OSError, ValueError):
                 continue
-    columns = printable(", ".join(names), 300)
-    raise BadInput(f"no column names files under {args.images}; they are {columns}; --path-column says which")
+    columns = f"the columns are {printable(', '.join(names), 300)}; --path-column says which"
+    raise BadInput(f"no column names files under {args.images}; {columns}")
 
 
 def column_called(name: str, option: str, names: list[str]) -> str:

@@ -235,7 +235,7 @@ def test_degrees_and_lists():
     for text, expected in {
         "41°24'12.2\"N": 41.403389, "2°10'26.5\"W": -2.174028, "12.2S": -12.2, "26.5 E": 26.5,
         "N 41 24 12.2": 41.403389, "E26°30′": 26.5, "-12.5": -12.5, "41.5 30 N": None,
-        "12 70 N": None, "W": None, "": None, "north": None,
+        "12 70 N": None, "W": None, "": None, "north": None, "0,5": 0.5, "-12,25": -12.25, "1,234": None,
     }.items():  # fmt: skip
         assert degrees(text) == expected, text
     for text in ("[0.50 0.40]", "(0.5, 0.4)", "{0.5,0.4}", "POINT (0.5 0.4)", [0.5, "0.4"]):
@@ -508,9 +508,23 @@ def test_places_in_two_columns(tmp_path):
     assert set(skipped["train"][0]) == {"file_name"}
 
 
+def test_of_two_columns_of_one_field_either_can_be_left_out(tmp_path):
+    cells = {"platform": lambda i: "s2a", "sensor_platform": lambda i: "MSI", "night": lambda i: i > 3}
+    argv = [*table_of(tmp_path, **cells), tmp_path / "out"]
+    rows = run_own(*argv, "--types", "sensor_platform=skip")["train"]
+    assert rows[4] == {"file_name": "4.png", "sensor_platform": "s2a", "night": "true"}
+    argv[2] = tmp_path / "x"
+    assert run_own(*argv, "--types", "platform=skip")["train"][0]["sensor_platform"] == "MSI"
+    places = {"lon": lambda i: i, "lat": lambda i: "0,5", "location": lambda i: "Rome"}
+    rows = run_own(*table_of(tmp_path, **places), tmp_path / "y", "--types", "location=skip")["train"]
+    assert rows[1] == {"file_name": "1.png", "location": [1, 0.5]}
+    assert set(run_own(*table_of(tmp_path, lon=lambda i: i, lat=lambda i: i), tmp_path / "z",
+                       "--types", "location=skip")["train"][0]) == {"file_name"}  # fmt: skip
+
+
 @pytest.mark.parametrize("columns, needle", [
-    ({"timestamp": 1, "datetime": 2}, "columns timestamp, datetime both mean timestamp"),
-    ({"platform": 1, "sensor_platform": 2}, "both mean sensor_platform"),
+    ({"timestamp": 1, "datetime": 2}, "columns timestamp and datetime mean timestamp"),
+    ({"platform": 1, "sensor_platform": 2}, "columns platform and sensor_platform mean"),
     ({"labels": ["a", "b"]}, "labels: a list of classes (a, b); scores need one class an image"),
     ({"labels": "['a', 'b']"}, "labels: a list of classes (a, b)"),
     ({"labels": {"a": 1}}, "labels: a list of classes"),
@@ -611,11 +625,16 @@ def test_the_ground_sample_distance_follows_the_image(tmp_path):
 
 
 def test_images_alone(tmp_path, capsys):
+    """A folder without a table: names alone. A table in it is not passed over."""
     own_images(tmp_path / "images", *[f"{i}.png" for i in range(9)], "a.JPG")
     own.main([str(tmp_path / "images"), str(tmp_path / "out"), "--jobs", "0"])
     rows = own_rows(tmp_path / "out")
     assert len(rows["train"]) == 8 and set(rows["train"][0]) == {"file_name"}
     assert "images alone, without metadata" in capsys.readouterr().out
+    (tmp_path / "images/t.csv").write_text("file,gsd\n0.png,1\n")
+    assert "holds t.csv; give that as TABLE" in one_line(own.main, tmp_path / "images", tmp_path / "x")
+    (tmp_path / "images/via.json").write_text('{"shapes": []}')
+    assert "no STAC item" in one_line(own.main, tmp_path / "images", tmp_path / "x")
 
 
 def test_another_table_is_refused_when_going_on(tmp_path):

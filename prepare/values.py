@@ -85,7 +85,10 @@ def parse_date(value: object, dates: str = "") -> str | None:
 
 
 def plain_number(value: object) -> int | float | None:
-    """A number, also out of its text, which CSV writes."""
+    """A number, also out of its text, which CSV writes; 0,5 is one, 1,234 may be another."""
+    comma = re.fullmatch(r"\s*([-+]?\d+),(\d+)\s*", value) if isinstance(value, str) else None
+    if comma and (len(comma[2]) != 3 or int(comma[1]) == 0):
+        value = f"{comma[1]}.{comma[2]}"
     number = parse_number(value, Field("", "number"))
     if number is not None and re.fullmatch(r"[-+]?\d{1,15}", str(value).strip()):
         return int(value)
@@ -122,8 +125,8 @@ def plain_value(value: object, field: Field, dates: str = "") -> object:
     if field.kind == "timestamp":
         plain = parse_date(value, dates)
     elif field.kind == "category":
-        plain = str(value).lower() if isinstance(value, bool) else value
-        plain = None if isinstance(value, (list, dict)) else class_name(plain, field.name)
+        plain = None if isinstance(value, (list, dict)) else class_name(value, field.name)
+        plain = plain.lower() if plain in ("True", "TRUE", "False", "FALSE") else plain
     elif field.parts == ("longitude", "latitude"):
         pair = value if isinstance(value, list) else plain_list(value) or ()
         plain = [degrees(v) for v in pair]
