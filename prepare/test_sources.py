@@ -112,21 +112,21 @@ def test_demo_is_the_same_each_time(demo_folder, tmp_path):
 
 def test_demo_records(demo_folder):
     """Scale, place, month and area for each; October is marked inferred; coarse areas have three
-    months. As precise as its fields.json prints them, in 37 to 46 tokens."""
+    months. As precise as its fields.json prints them, in 31 to 38 tokens."""
     fine, coarse, lengths = {}, {}, set()
     fields = data.choose_fields(demo_folder, "")
     records = [record for split in data.read_dataset(demo_folder) for record in split]
     for r in records:
         assert r.get("timestamp_inferred", False) == (r["timestamp"] == "2004-10")
-        places = fine if r["gsd"][0] < 12_001 else coarse
+        places = fine if r["gsd"] < 12_001 else coarse
         places.setdefault(r["area"], []).append(r["timestamp"])
-        (x, y), (longitude, latitude) = r["gsd"], r["location"]
+        longitude, latitude = r["location"]
         place = f"location: [{longitude:.1f}, {latitude:.1f}]"
-        assert caption(r, fields) == f"gsd: [{x}, {y}], timestamp: {r['timestamp']}, {place}"
-        assert x == round(x) and longitude == round(longitude, 1) and latitude == round(latitude, 1)
+        assert caption(r, fields) == f"gsd: {r['gsd']}, timestamp: {r['timestamp']}, {place}"
+        assert r["gsd"] == round(r["gsd"]) and longitude == round(longitude, 1) and latitude == round(latitude, 1)
         lengths.add(len(metadata.default_tokenizer()(caption(r, fields))))
     assert set(map(tuple, fine.values())) == {("2004-10",)}
-    assert 37 <= min(lengths) <= max(lengths) <= 46
+    assert 31 <= min(lengths) <= max(lengths) <= 38
     assert all(len(set(months)) == len(months) <= 3 for months in coarse.values())
     assert 3 in map(len, coarse.values())
     assert {Image.open(path).size for path in demo_folder.rglob("*.jpg")} == {(64, 64)}
