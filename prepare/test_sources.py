@@ -123,7 +123,8 @@ def test_demo_records(demo_folder):
         longitude, latitude = r["location"]
         place = f"location: [{longitude:.1f}, {latitude:.1f}]"
         assert caption(r, fields) == f"gsd: {r['gsd']}, timestamp: {r['timestamp']}, {place}"
-        assert r["gsd"] == round(r["gsd"]) and longitude == round(longitude, 1) and latitude == round(latitude, 1)
+        assert r["gsd"] == round(r["gsd"])
+        assert longitude == round(longitude, 1) and latitude == round(latitude, 1)
         lengths.add(len(metadata.default_tokenizer()(caption(r, fields))))
     assert set(map(tuple, fine.values())) == {("2004-10",)}
     assert 31 <= min(lengths) <= max(lengths) <= 38
