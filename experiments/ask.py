@@ -48,11 +48,25 @@ def answer(question: str, value: object) -> object:
 
 
 @torch.no_grad()
+def posterior(p: Pretrained, question: str, values: list, images: Tensor) -> tuple[list, Tensor]:
+    """Answers of a gallery of values -> the answers, and their probabilities [m, C] given the
+    images [m, E]."""
+    gallery = metadata_features(p, [{FIELD[question]: value} for value in values])
+    gallery = embed(p, {"metadata": gallery})["metadata"]
+    answers = [answer(question, value) for value in values]
+    classes = sorted(set(answers))
+    number = {value: i for i, value in enumerate(classes)}
+    codes = torch.tensor([number[value] for value in answers], device=gallery.device)
+    sums = torch.zeros(len(images), len(classes), device=gallery.device)
+    for part, x in zip(sums.split(1024), images.split(1024)):
+        part.index_add_(1, codes, (p.model.logit_scale.exp() * x @ gallery.T).softmax(dim=1))
+    return classes, sums
+
+
 def ask(p: Pretrained, splits: Splits, images: Tensor, question: str) -> dict | None:
     """The likeliest answers of test images [m, E] -> scores; None when nothing is known. Beside
     them `chance`: the commonest answer of training always, or any training place."""
-    field = FIELD[question]
-    train, test = (split.columns(field)[0] for split in splits)
+    train, test = (split.columns(FIELD[question])[0] for split in splits)
     values = spread([v for v in train if answer(question, v) is not None], GALLERY)
     truths = {}
     for i, value in enumerate(test):
@@ -61,16 +75,9 @@ def ask(p: Pretrained, splits: Splits, images: Tensor, question: str) -> dict | 
             truths[i] = truth
     if not values or not truths:
         return None
-    gallery = metadata_features(p, [{field: value} for value in values])
-    gallery = embed(p, {"metadata": gallery})["metadata"]
+    classes, probabilities = posterior(p, question, values, images[list(truths)])
+    said = [classes[i] for i in probabilities.argmax(dim=1).tolist()]
     answers = [answer(question, value) for value in values]
-    classes = sorted(set(answers))
-    number = {value: i for i, value in enumerate(classes)}
-    codes = torch.tensor([number[value] for value in answers], device=gallery.device)
-    sums = torch.zeros(len(truths), len(classes), device=gallery.device)
-    for part, x in zip(sums.split(1024), images[list(truths)].split(1024)):
-        part.index_add_(1, codes, (p.model.logit_scale.exp() * x @ gallery.T).softmax(dim=1))
-    said = [classes[i] for i in sums.argmax(dim=1).tolist()]
     result = {"features": "image", "label": question, "protocol": "ask", "test": len(truths)}
     if question == "place":
         rows = np.floor(data.uniform(0, np.arange(len(truths))) * len(answers)).astype(int)
@@ -81,9 +88,8 @@ def ask(p: Pretrained, splits: Splits, images: Tensor, question: str) -> dict | 
     common = Counter(answers).most_common(1)[0][0]
     hits = [a == b for a, b in zip(said, truths.values())]
     chance = [common == b for b in truths.values()]
-    return result | {
-        "accuracy": float(np.mean(hits)), "chance": float(np.mean(chance)), "classes": len(classes),
-    }  # fmt: skip
+    result |= {"accuracy": float(np.mean(hits)), "chance": float(np.mean(chance))}
+    return result | {"classes": len(classes)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -112,7 +112,7 @@ def location(record: dict) -> list[float] | None:
 
 
 def unit_sphere(places: list[list[float] | None]) -> Tensor:
-    """Longitudes and latitudes in degrees -> points [n, 3], float64; no place is the zero vector."""
+    """Longitude, latitude in degrees -> points [n, 3], float64; no place is the zero vector."""
     degrees = torch.tensor([place or [0.0, 0.0] for place in places], dtype=torch.float64)
     longitude, latitude = degrees.deg2rad().unbind(1)
     x, y = latitude.cos() * longitude.cos(), latitude.cos() * longitude.sin()

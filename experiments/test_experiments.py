@@ -1,4 +1,4 @@
-"""The scripts of this folder, in the order of its README: tables, figures, cost, pictures, questions.
+"""The scripts of this folder: tables, figures, cost, pictures, questions, evidence.
 
     pytest -q experiments
 """
@@ -23,7 +23,7 @@ import data
 import evaluate
 import train
 from experiments import (
-    ask, common, cost, evidence, export, few_labels, figures, leakage, missing, pictures,
+    ask, baselines, common, cost, evidence, export, few_labels, figures, leakage, missing, pictures,
     results, retrieval, tables, variants,
 )  # fmt: skip
 from metadata import parse_timestamp
@@ -63,7 +63,7 @@ def json_lines(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
-    """48 and 16 images of two kinds, told by colour and by hemisphere; some lack fields or labels."""
+    """48 and 16 images of two kinds, told by colour and hemisphere; some lack fields or labels."""
     folder, rng = tmp_path_factory.mktemp("dataset"), np.random.default_rng(0)
     for split, count in (("train", 48), ("test", 16)):
         (folder / split).mkdir()
@@ -110,7 +110,8 @@ def opened(run: Path, dataset: Path):
 def made_results(folder: Path) -> list[dict]:
     """What scoring three methods at two lengths, with two seeds, might write."""
     found = []
-    for method, epochs, seed in itertools.product(("simclr", "satmip", "satmips"), (25, 50), (0, 1)):
+    methods = ("simclr", "satmip", "satmips")
+    for method, epochs, seed in itertools.product(methods, (25, 50), (0, 1)):
         path = folder / f"{method} {epochs} {seed}"
         path.mkdir(parents=True, exist_ok=True)
         seconds = 10 * {"simclr": 1.0, "satmip": 0.5, "satmips": 1.25}[method] * epochs
@@ -170,7 +171,8 @@ def test_tables_of_the_paper(result_file):
     text = said(tables.main, path, "--paper", 2)
     two = rows_of(text)
     assert two[0][:4] == ["Table 2", "fMoW F1 k=100", "paper: fMoW F1 k=100", "paper: R45 k=5"]
-    assert two[0][-1] == "demo climate k=5" and two[3][:3] == ["satmips", "55.0 ± 7.1", "62.3 ± 0.0"]
+    assert two[3][:3] == ["satmips", "55.0 ± 7.1", "62.3 ± 0.0"]
+    assert two[0][-1] == "demo climate k=5"
     assert text.endswith("Here (the paper): metadata_encoder table (text); epochs 25 (200)\n")
     eight = rows_of(said(tables.main, path, "--paper", "S8"))
     assert eight[0][1:5] == ["time", "paper: time", "memory", "paper: memory"]
@@ -182,7 +184,7 @@ def test_tables_of_the_paper(result_file):
 
 
 def test_tables_refuse_what_they_cannot_tell_apart(result_file, tmp_path):
-    """Two runs of one seed in a cell; a file that holds no results. The same run twice is no fault."""
+    """Two runs of one seed in a cell; a file without results. The same run twice is no fault."""
     both, short = result_file("both"), result_file("short", epochs=25)
     line = refusal(tables.main, both, "--paper", 2)
     assert re.search(r"simclr 25 0.* and .*simclr 50 0.* both seed 0 .*epochs 25 and 50", line)
@@ -259,7 +261,7 @@ def test_cost_report(tmp_path):
 
 
 def test_pictures(run, dataset, monkeypatch):
-    """Two pictures of a run, one where no metadata are read; one line where matplotlib is missing."""
+    """Two pictures of a run, one without metadata; one line where matplotlib is missing."""
     text = said(pictures.main, run("satmips"), *CPU)
     assert text.split() == [str(run("satmips") / f"{n}.png") for n in ("neighbours", "places")]
     assert min(Image.open(run("satmips") / "places.png").size) > 500
@@ -275,6 +277,7 @@ def test_classes_are_spelled_out():
     """Köppen's codes with their meaning, other names as they are, in at most two lines."""
     assert pictures.spell("Dfb") == "Dfb, continental, warm\nsummer"
     assert pictures.spell("bare_rock") == "bare rock"
+    assert pictures.spell("long " * 20).count("\n") == 1
     assert all(pictures.spell(code).count("\n") <= 1 for code in pictures.KOPPEN)
 
 
@@ -337,18 +340,20 @@ def test_ask_adds_up_a_gallery_of_single_fields(run, dataset, tmp_path):
     """Months by hand: softmax over records with nothing but a timestamp, added up by month."""
     p, (train_, test), (_, features) = opened(run("satmips"), dataset)
     images = common.embed(p, {"image": features["image"]})["image"]
-    result = ask.ask(p, (train_, test), images, "month")
     values = [r["timestamp"] for r in train_ if "timestamp" in r]
+    classes, probabilities = ask.posterior(p, "month", values, images)
     gallery = common.metadata_features(p, [{"timestamp": v} for v in values])
     gallery = common.embed(p, {"metadata": gallery})["metadata"]
     right = []
     for i, record in enumerate(test):
+        sums = np.zeros(13)
+        scores = (gallery @ images[i] * p.model.logit_scale.exp()).softmax(0).tolist()
+        for value, score in zip(values, scores):
+            sums[int(parse_timestamp(value)[1])] += score
+        assert np.abs(sums[classes] - probabilities[i].detach().numpy()).max() < 1e-5
         if "timestamp" in record:
-            sums = np.zeros(13)
-            scores = (gallery @ images[i] * p.model.logit_scale.exp()).softmax(0).tolist()
-            for value, score in zip(values, scores):
-                sums[int(parse_timestamp(value)[1])] += score
             right.append(sums.argmax() == parse_timestamp(record["timestamp"])[1])
+    result = ask.ask(p, (train_, test), images, "month")
     assert result["test"] == len(right) < 16 and result["accuracy"] == np.mean(right)
     rows = rows_of(said(ask.main, run("satmips"), "--places", tmp_path / "map.png", *CPU))
     assert [row[1] for row in rows] == ["asked for", "month", "gsd", "place"]
@@ -368,12 +373,13 @@ def test_missing_fields(run, dataset, tmp_path):
     assert [*found][4:-2] == fields and "all fields" in found
     assert [row[0] for row in rows_of(text)[1:]] == [*found]
     mask = missing.masks(fields, 2000)
+    assert not mask["nothing"].any()
     assert abs(mask["25% of all values"].mean() - 0.25) < 0.03 and mask["all fields"].all()
     assert mask["timestamp"].sum(axis=0).tolist() == [0, 2000, 0]
 
 
 def test_leakage_by_distance(run, dataset, tmp_path):
-    """Distances by hand; every image with a label and a place is in one group; sizes differ by 1."""
+    """Distances by hand; each image with label and place is in one group; sizes differ by 1."""
     text = said(leakage.main, run("satmips"), "--output", tmp_path / "l.jsonl", "--bins", 3, *CPU)
     found = json_lines(tmp_path / "l.jsonl")
     splits = data.read_dataset(dataset)
@@ -385,7 +391,7 @@ def test_leakage_by_distance(run, dataset, tmp_path):
             here = common.unit_sphere([place])[0]
             km.append(min(float(common.great_circle(here, other)) for other in known))
     image = [r for r in found if r["features"] == "image"]
-    assert sum(r["test"] for r in image) == len(km)
+    assert sum(r["test"] for r in image) == len(km) and len(image) == 3
     assert max(r["test"] for r in image) - min(r["test"] for r in image) <= 1
     assert abs(image[0]["from_km"] - min(km)) < 1e-6 > abs(image[-1]["to_km"] - max(km))
     kinds = ["image", "metadata", "both", "location alone"]
@@ -394,7 +400,30 @@ def test_leakage_by_distance(run, dataset, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Few labels, export
+# Baselines, few labels, export
+
+
+def test_identity_is_the_standardised_row(tmp_path):
+    """A missing number is the mean, a missing or new category all zero."""
+    for split, platforms in (("train", ("a", "b", None)), ("test", ("b", "new", None))):
+        (tmp_path / split).mkdir()
+        with open(tmp_path / split / "metadata.jsonl", "w") as file:
+            for platform, gsd in zip(platforms, (1.0, 3.0, None)):
+                record = {"file_name": "x", "sensor_platform": platform, "gsd": gsd}
+                file.write(json.dumps(record) + "\n")
+    splits = data.read_dataset(tmp_path)
+    train_, test = baselines.identity(splits, "gsd,sensor_platform", tmp_path)
+    assert train_.tolist() == [[-1, -1, 1, 0], [1, 1, 0, 1], [0, 0, 0, 0]]
+    assert test.tolist() == [[-1, -1, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0]]
+
+
+def test_baselines(dataset, tmp_path):
+    """Colours and hemispheres tell the two kinds apart."""
+    rows = rows_of(said(baselines.main, dataset, "--output", tmp_path / "b.jsonl", *CPU[2:]))
+    assert [row[0] for row in rows[1:]] == ["histograms, image", "location, metadata",
+                                            "identity, metadata"]  # fmt: skip
+    found = {(r["method"], r["protocol"]): r["accuracy"] for r in json_lines(tmp_path / "b.jsonl")}
+    assert found["histograms", "linear"] == 1 and found["location", "linear"] > 0.75
 
 
 def test_few_labels(run, dataset, tmp_path, monkeypatch):
@@ -490,7 +519,8 @@ def test_evidence_says_what_is_missing(tmp_path):
 def test_documented_commands_have_their_options(capsys):
     """Every option in README.md is one of the program before it; every program is there."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
-    programs = re.findall(r"(train\.py|evaluate\.py|(?:experiments|prepare)\.[a-z_0-9]+)\b([^`\n|]*)", text)
+    program = r"(train\.py|evaluate\.py|(?:experiments|prepare)\.[a-z_0-9]+)\b([^`\n|]*)"
+    programs = re.findall(program, text)
     asked = {}
     for program, rest in programs:
         asked.setdefault(program, set()).update(re.findall(r"--[a-z][a-z-]*", rest))
