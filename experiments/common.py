@@ -23,12 +23,13 @@ Features = tuple[dict[str, Tensor], dict[str, Tensor]]  # of the two splits, as 
 # Commands
 
 
-def arguments(text: str) -> argparse.ArgumentParser:
+def arguments(text: str, output: bool = True) -> argparse.ArgumentParser:
     """RUN ... --data --output --workers --device, which all scripts on runs take."""
     parser = argparse.ArgumentParser(description=text.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", type=Path, nargs="+", help="folder of a run, or its checkpoint.pt")
     parser.add_argument("--data", type=Path, help="dataset (default: the training's)")
-    parser.add_argument("--output", type=Path, help="append one JSON line a result to this file")
+    if output:
+        parser.add_argument("--output", type=Path, help="append a JSON line a result to this file")
     parser.add_argument("--workers", type=int, default=8, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser

@@ -166,14 +166,14 @@ def finish_places(figure, axes, colours, rows: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, output=False)
     parser.add_argument("--label", help="whose classes to show (default: the first)")
     args = parser.parse_args(argv)
     with data.errors_in_one_line():
         pyplot()
         for run in args.run:
             p, splits = open_run(run, args)
-            folder = args.output or Path(p.about["checkpoint"]).parent
+            folder = Path(p.about["checkpoint"]).parent
             labels = data.label_names(splits[0])
             if args.label and args.label not in labels:
                 raise BadInput(f"--label {args.label}: not one of {', '.join(labels)}")
