@@ -47,12 +47,12 @@ STUDIES = {
         SIMCLR._replace(name="simclr-16", epochs=16),
         SATMIPS._replace(name="satmips-16", epochs=16),
     ],
-    # Text against table, SatMIP against SatMIPS, numbers as written or rounded
+    # Text against table, SatMIP against SatMIPS, numbers as they are, rounded, with six decimals
     "encoders": [
         SATMIPS, Run("satmips-table", f"--method satmips {TABLE}"),
         Run("satmip", f"--method satmip {TEXT}"), Run("satmip-table", f"--method satmip {TABLE}"),
         SATMIPS._replace(name="satmips-rounded", variant="rounded"),
-        SATMIPS._replace(name="satmips-exact", variant="exact"),
+        SATMIPS._replace(name="satmips-decimals", variant="decimals"),
     ],
     # Control: with the metadata of other images SatMIPS must lose its gain
     "shuffled": [SIMCLR, SATMIPS, SATMIPS._replace(name="satmips-shuffled", variant="shuffled")],

@@ -6,7 +6,7 @@
     coarse     training images of at least --gsd metres a pixel (19,000): to start from (Table 4)
     fine       training images below that
     rounded    numbers without decimals in captions (fields.json)
-    exact      numbers with all decimals in captions
+    decimals   numbers with six decimals in captions, more than the embedded data know
 
 Images are linked, not copied; the test split keeps its rows, so that scores compare.
 """
@@ -23,8 +23,8 @@ import numpy as np
 import data
 from metadata import FIELDS, BadInput, parse_numbers
 
-KINDS = ("shuffled", "coarse", "fine", "rounded", "exact")
-STYLES = {"rounded": "%.0f", "exact": "%.6f"}
+KINDS = ("shuffled", "coarse", "fine", "rounded", "decimals")
+STYLES = {"rounded": "%.0f", "decimals": "%.6f"}
 NOT_SHUFFLED = ("file_name", "label", "area", "split")  # they belong to the image
 
 
