@@ -27,22 +27,21 @@ def centre(item: dict) -> list[float] | None:
     parts = [part.get("coordinates") for part in geometry.get("geometries", [geometry])]
     if geometry.get("type") == "MultiPolygon":
         parts = geometry["coordinates"]
-    corners = [points(part) for part in parts if part]
-    if not corners and box:
-        west, south = box[:2]
-        east, north = box[len(box) // 2 : len(box) // 2 + 2]  # with heights there are six numbers
-        corners = [[[west, south], [east + 360 * (west > east), north]]]
-    if not corners:
-        return None
-    spans = []
-    for part in corners:
-        longitudes = [point[0] for point in part]
+    spans, latitudes = [], []
+    for corners in [points(part) for part in parts if part]:
+        longitudes = [point[0] for point in corners]
         if 180 < max(longitudes) - min(longitudes) < 360:
             longitudes = [longitude % 360 for longitude in longitudes]
         spans.append((min(longitudes), max(longitudes)))
+        latitudes += [point[1] for point in corners]
+    if not spans and box:
+        west, south = box[:2]
+        east, north = box[len(box) // 2 : len(box) // 2 + 2]  # with heights there are six numbers
+        spans, latitudes = [(west, east + 360 * (west > east))], [south, north]
+    if not spans:
+        return None
     turned = [(west + 360 * (west < 0), east + 360 * (west < 0)) for west, east in spans]
     west, east = min(extent(spans), extent(turned), key=lambda both: both[1] - both[0])
-    latitudes = [point[1] for part in corners for point in part]
     longitude = (west + east) / 2
     longitude -= 360 * (longitude > 180)
     return [round(longitude, 9), round((min(latitudes) + max(latitudes)) / 2, 9)]
