@@ -7,7 +7,6 @@ images in groups of equal size, from the nearest to the farthest. A gain of both
 there only near to training images is the neighbourhood's, not the place's.
 """
 
-import torch
 
 import data
 from evaluate import Pretrained, knn, linear_probe, modality

@@ -3,6 +3,7 @@
     pytest -q experiments
 """
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -10,6 +11,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -20,7 +22,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-import evaluate
 import train
 from experiments import (
     ask, baselines, common, cost, evidence, export, few_labels, figures, leakage, missing, pictures,
@@ -535,3 +536,46 @@ def test_documented_commands_have_their_options(capsys):
         if program == "experiments.cost":  # takes those of train.py
             known |= {"--" + name.replace("_", "-") for name in train.Config.__dataclass_fields__}
         assert options <= known, (program, options - known)
+
+
+def commands(document: Path) -> list[list[str]]:
+    """The words of each python or torchrun command in its blocks of shell; a loop's first round."""
+    blocks = re.findall(r"(?ms)^```(?:bash|sh|shell)\n(.*?)^```", document.read_text())
+    text, found = "".join(blocks).replace("\\\n", " "), []
+    first = dict(re.findall(r"for (\w+) in (\S+)", text))
+    text = re.sub(r"\$\{?(\w+)\}?", lambda name: first.get(name[1], "1"), text)
+    for line in text.splitlines():
+        words = shlex.shlex(line, posix=True, punctuation_chars=True)
+        words.whitespace_split = True
+        words = list(words)
+        for i, word in enumerate(words):
+            if word in ("python", "python3", "torchrun"):
+                end = itertools.takewhile(lambda w: not set(w) <= set(";&|<>()"), words[i:])
+                found.append(list(end))
+    return found
+
+
+@pytest.mark.parametrize("document", ["README.md", "prepare/README.md", "experiments/README.md"])
+def test_documented_commands_are_understood(document, monkeypatch):
+    """Each names a program that is here, and options that this program has."""
+    for name in ("parse_args", "parse_intermixed_args"):
+        parse = getattr(argparse.ArgumentParser, name)
+
+        def only_parse(self, argv=None, namespace=None, parse=parse):
+            parse(self, argv, namespace)
+            raise EOFError("understood")
+
+        monkeypatch.setattr(argparse.ArgumentParser, name, only_parse)
+    checked = 0
+    for launcher, program, *argv in commands(HERE.parent / document):
+        while launcher == "torchrun" and program.startswith("--") or program == "-m":
+            program, *argv = argv
+        if program in ("pytest", "venv", "pip"):
+            continue
+        module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+        assert HERE.parent in Path(module.__file__).parents
+        if hasattr(module, "main"):
+            with pytest.raises(EOFError, match="understood"):
+                module.main(argv)
+        checked += 1
+    assert checked
