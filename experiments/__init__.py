@@ -11,7 +11,7 @@
     baselines  what needs no training: histograms, location alone, raw metadata
     few_labels kNN with few labels
     export     the image encoder for timm
-    variants   the embedded data with shuffled metadata, coarse or fine images only
+    variants   the demo data with shuffled metadata, coarse or fine images only
     evidence   the runs of a study: prints what is missing, goes on where it stopped
 
 common.py and results.py hold what several of them share.

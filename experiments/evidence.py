@@ -4,7 +4,7 @@
     python -m experiments.evidence longer shuffled    # train and score what is missing of these
     python -m experiments.tables runs/evidence/scores.jsonl
 
-On the embedded data, three seeds. It runs commands of this repository and prints each, so that any
+On the demo data, three seeds. It runs commands of this repository and prints each, so that any
 can be pasted. A finished run is known by its log, a finished score by its row in
 runs/evidence/scores.jsonl; train.py itself resumes a run that was stopped midway.
 """
@@ -32,7 +32,7 @@ class Run(NamedTuple):
     name: str  # its folder, without the seed
     options: str  # of train.py
     epochs: int = 4
-    variant: str = ""  # of the embedded data, by experiments.variants
+    variant: str = ""  # of the demo data, by experiments.variants
     start: str = ""  # another run, whose image encoder it starts from
 
 
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="only say what is missing")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=0, help="of every run (default: the study's)")
-    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="the embedded data")
+    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="the demo data")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="of the runs")
     args = parser.parse_args(argv)
     args.output = args.folder / "scores.jsonl"

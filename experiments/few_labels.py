@@ -23,7 +23,7 @@ COUNTS = ((50, 1), (200, 1), (600, 5), (2000, 5), (0, 20))  # labels and k; 0: a
 
 
 def subset(known: Tensor, count: int, seed: int) -> Tensor:
-    """`count` of the rows with a label, the same for every run; more labels hold the fewer."""
+    """`count` of the rows with a label, the same for every run; subsets are nested."""
     order = torch.from_numpy(data.uniform(seed, known.numpy())).argsort()
     return known[order[:count]]
 

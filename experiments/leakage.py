@@ -32,8 +32,9 @@ def leakage(p: Pretrained, splits: Splits, features: Features, label: str, bins:
         labels = y[known].to(p.device)
         found = linear_probe(x[known], labels, test_x[asked], len(classes))
         right[name] = found.argmax(dim=1).cpu() == test_y[asked]
-    bank, k = points[0][known].float(), min(20, int(known.sum()))
-    votes = knn(bank, y[known], points[1][asked].float(), len(classes), (k,))
+    near = known & placed[0]
+    bank, k = points[0][near].float(), min(20, int(near.sum()))
+    votes = knn(bank, y[near], points[1][asked].float(), len(classes), (k,))
     right["location alone"] = votes[0].argmax(dim=1) == test_y[asked]
     results = []
     for part in km.argsort().tensor_split(bins):

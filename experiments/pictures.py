@@ -24,7 +24,7 @@ from experiments.results import class_name
 from metadata import BadInput
 
 EARTH = Path(__file__).parents[1] / "demo" / "bluemarble-2004-07.jpg"
-KOPPEN = {  # Köppen's codes of climates, as in the embedded data
+KOPPEN = {  # Köppen's codes of climates, as in the demo data
     "Af": "tropical rainforest", "Am": "tropical monsoon", "As": "savanna, dry summer",
     "Aw": "savanna, dry winter", "BSh": "hot steppe", "BSk": "cold steppe", "BWh": "hot desert",
     "BWk": "cold desert", "Cfa": "humid subtropical", "Cfb": "oceanic", "Cfc": "subpolar oceanic",
@@ -105,7 +105,7 @@ def places(p: Pretrained, splits: Splits, workers: int, path: Path) -> bool:
     train, test = splits
     rows = spread(list(range(len(test))), 200)
     chosen = spread([i for i in rows if location(test[i])], SHOWN)
-    known = [place for place in map(location, (train[i] for i in range(len(train)))) if place]
+    known = [place for place in map(location, train) if place]
     if not chosen or not known:
         return False
     longitudes = np.arange(WEST + STEP / 2, EAST, STEP)

@@ -6,7 +6,7 @@
     coarse     training images of at least --gsd metres a pixel (19,000): to start from (Table 4)
     fine       training images below that
     rounded    numbers without decimals in captions (fields.json)
-    decimals   numbers with six decimals in captions, more than the embedded data know
+    decimals   numbers with six decimals in captions, more than the demo data know
 
 Images are linked, not copied; the test split keeps its rows, so that scores compare.
 """

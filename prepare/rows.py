@@ -125,13 +125,13 @@ def deal(rows: list[Row], args: argparse.Namespace) -> list[Item]:
     if not {"test", "testing"} & set(told):
         sides |= dict.fromkeys(VALIDATION, "test")
     groups = {}
-    for row, said in zip(rows, told):
+    for i, (row, said) in enumerate(zip(rows, told)):
         if not said:
             names = row.values.get(args.area), row.values.get(args.path_column)
             key = str(names[0] or names[1])
             rank = hashlib.sha256(f"{args.seed} {key}".encode("utf-8", "replace")).digest()
-            groups.setdefault((rank, key), []).append(row.where)
-    drawn, wanted, test = sum(map(len, groups.values())), 0, set()
+            groups.setdefault((rank, key), []).append(i)
+    drawn, test = sum(map(len, groups.values())), set()
     wanted = args.test_share * drawn
     for _, group in sorted(groups.items()):
         if abs(len(test) + len(group) - wanted) < abs(len(test) - wanted):
@@ -144,8 +144,8 @@ def deal(rows: list[Row], args: argparse.Namespace) -> list[Item]:
         if abs(len(test) - wanted) > 0.25 * wanted + 1:
             print(f"  {args.test_share:.0%} were asked for: the {len(groups)} areas are too large")
     items = []
-    for row, said in zip(rows, told):
-        drawn_side = "test" if row.where in test else "train"
+    for i, (row, said) in enumerate(zip(rows, told)):
+        drawn_side = "test" if i in test else "train"
         items.append(Item(row, sides.get(said, f"rows of split {said!r}") if said else drawn_side))
     for side in ("train", "test"):
         if not any(item.split == side for item in items):

@@ -59,7 +59,7 @@ def need(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise BadInput(f"this dataset needs the package {package}: pip install {package}") from None
+        raise BadInput(f"{package} is not installed: pip install {package}") from None
 
 
 def eight_bits(values: np.ndarray, white: float) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Tests of prepare/: the shared loop, tables, own data, check, the papers' datasets, weights, pictures.
+"""Tests of prepare/: loop, tables, own data, check, the papers' datasets, weights, pictures.
 
     pytest -q prepare
 """
