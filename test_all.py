@@ -1402,7 +1402,7 @@ def test_linear_probe_reaches_the_optimum():
     for _ in range(20):
         inverse = torch.linalg.pinv(hessian(objective, p), hermitian=True, rtol=1e-10)
         p = p - inverse @ gradient(objective, p)
-    assert gradient(objective, found).abs().max() < 2e-5
+    assert gradient(objective, found).abs().max() < 1e-4
     assert 0 <= objective(found) - objective(p) < 1e-6
     expected = (x.double() @ p[:12].view(3, 4).T + p[12:]).softmax(1)
     scaled = torch.cat([1000 * x - 50, torch.full((200, 1), 7.0)], dim=1)  # and a constant
