@@ -3,6 +3,7 @@
     tables     results as a table, of any runs or beside the paper's numbers
     figures    accuracy against epochs or time (Fig. 3), bars of fields and of modalities
     cost       time and memory of each method's step (Tables 6 and S8)
+    peers      speed beside torchvision, timm and scikit-learn
     pictures   a run's nearest neighbours, and where it places images on Earth
     retrieval  from image to metadata and back
     ask        month, hour, scale, country, place of an image
