@@ -128,7 +128,8 @@ def places(p: Pretrained, splits: Splits, workers: int, path: Path) -> bool:
         share = torch.zeros(len(grid)).double()
         share[asked] = logits.softmax(0) * near[asked]
         share = (share / share.max()).view(len(latitudes), -1).numpy()
-        date = record.get("timestamp", "no date")
+        times = [f.name for f in p.reader.fields if f.kind == "timestamp" and f.name in record]
+        date = record[times[0]] if times else "no date"
         if record.get("timestamp_inferred"):
             date += " (month inferred)"
         draw(left, test, i, date, "black")
@@ -183,6 +184,8 @@ def main(argv: list[str] | None = None) -> None:
             fields = p.reader.fields if p.reader else ()
             if any(field.name == "location" for field in fields):
                 places(p, splits, args.workers, folder / "places.png")
+            elif not labels:
+                print(f"{folder}: neither labels nor places to draw")
 
 
 if __name__ == "__main__":
