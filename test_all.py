@@ -714,6 +714,7 @@ REFUSED_IMAGES = {
     "16 bits-gray.jp2": saved("JPEG2000", mode="I;16"),
     "16 bits-rgb.ppm": b"P6 8 8 65535\n" + bytes(384),
     "12 bits-gray.pgm": b"P5 8 8 4095\n" + bytes(128),
+    "16 bits-float.pfm": b"Pf\n8 8\n-1.0\n" + bytes(256),
     "100000 x 100000-bomb.png": saved("PNG", with_crc(PNG, HUGE)),
     "damaged-text.png": b"hello",
     "damaged-cut.jpg": saved("JPEG")[:-6],

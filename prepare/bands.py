@@ -92,11 +92,11 @@ def eight_bit_image(path: Path, limits: list[float] | None) -> Image.Image:
     try:
         image = open_image(io.BytesIO(content), path)
     except BadInput as refusal:
-        if content[:4] not in TIFF or "bits a sample" in str(refusal):
+        if content[:4] not in TIFF or "bits per sample" in str(refusal):
             raise
         pixels = read_tiff(path)
-        if pixels.dtype != np.uint8:
-            bands = pixels.shape[2] if pixels.ndim == 3 else 1
+        bands = pixels.shape[2] if pixels.ndim == 3 else 1
+        if pixels.dtype != np.uint8 and bands <= 4:
             what = f"{bands} bands of {pixels.dtype}; --range LOW HIGH makes 8 bits of them"
             raise BadInput(f"{path}: {what}") from None
         return three_bands(pixels, path, 0, 255)

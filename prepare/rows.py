@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from prepare.stac import IMAGES, read_items
 from prepare.tables import Row, printable, read_table
 
 BLANKS = {"", "-", "?", "n/a", "nan", "null", "none"}  # NA is Namibia
+LISTED = re.compile(r"\[.*\]|\{.*\}|\(['\"].*\)", re.S)  # as programs print several values
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 VALIDATION = ("val", "valid", "validation", "dev")  # the test split of a table that has no other
 
@@ -112,7 +114,7 @@ def check_labels(rows: list[Row], labels: dict[str, str]) -> None:
         for name in labels:
             value = row.values.get(name)
             text = value.strip() if isinstance(value, str) else ""
-            if isinstance(value, (list, dict)) or (text[:1] + text[-1:]) in ("[]", "{}"):
+            if isinstance(value, (list, dict)) or LISTED.fullmatch(text):
                 parts = ", ".join(map(str, value)) if not text else text[1:-1].replace("'", "")
                 what = f"{name}: a list of classes ({printable(parts)})"
                 raise BadInput(f"{what}; scores need one class an image ({row.where})")

@@ -38,8 +38,9 @@ from prepare import (
 )  # fmt: skip
 from prepare.bands import eight_bit_image, read_pixels, three_bands
 from prepare.loop import Sample, encode, in_order, prepare
+from prepare.rows import deal
 from prepare.stac import centre, rank, read_items
-from prepare.tables import printable, read_table
+from prepare.tables import Row, printable, read_table
 from prepare.values import degrees, parse_date, plain_list, plain_value
 
 
@@ -609,6 +610,31 @@ def test_names_are_found_where_people_have_them(tmp_path):
         f"{tmp_path}/own/t.csv, line {i}" for i in (8, 9, 10)]  # fmt: skip
     assert "is no file under" in found["quarantine"][0]["problem"]
     assert "no such image" in found["quarantine"][2]["problem"]
+
+
+def test_dates_option_serves_every_column(tmp_path):
+    """A day and a month that may change places, in a column of the user's own."""
+    argv = table_of(tmp_path, seen=lambda i: f"0{1 + i % 9}/04/2015")
+    rows = run_own(*argv, tmp_path / "out", "--dates", "month-first")["train"]
+    assert [row["seen"] for row in rows[:2]] == ["2015-01-04", "2015-02-04"]
+    rows = run_own(*argv, tmp_path / "more", "--dates", "day-first")["train"]
+    assert rows[1]["seen"] == "2015-04-02"
+
+
+def test_several_classes_in_a_cell_are_refused(tmp_path):
+    """As pandas writes a tuple; a name in brackets stays a class."""
+    argv = table_of(tmp_path, kind=lambda i: "('a', 'b')" if i == 3 else "(other)")
+    assert "kind" in one_line(own.main, *argv, tmp_path / "out", "--label", "kind", "--jobs", 0)
+
+
+def test_images_of_one_feature_collection_are_dealt_one_by_one():
+    """They share the file that they come from, not their fate."""
+    options = argparse.Namespace(
+        area="area", path_column="name", split_column="split", test_share=0.2, seed=0
+    )
+    rows = [Row("items.json", {"name": f"{i}.png"}) for i in range(20)]
+    sides = [item.split for item in deal(rows, options)]
+    assert sides.count("test") == 4 and sides.count("train") == 16
 
 
 def test_labels_areas_and_splits(tmp_path, capsys):
