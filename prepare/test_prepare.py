@@ -1362,7 +1362,7 @@ def test_optional_packages_are_asked_for(script, package, tmp_path, monkeypatch)
     assert f"pip install {package}" in refused_by(script, tmp_path, tmp_path / "out")
 
 
-@pytest.mark.parametrize("script, name", [(fmow, "train-images.tar.gz"), (so2sat, "So2Sat.zip")])
+@pytest.mark.parametrize("script, name", [(fmow, "train-images.tar.gz"), (wilds, "wilds.zip")])
 def test_archives_are_to_be_unpacked(script, name, tmp_path):
     (tmp_path / name).touch()
     assert f"unpack {name} first" in refused_by(script, tmp_path, tmp_path / "out")
