@@ -635,9 +635,9 @@ def test_wrong_lines_are_named(tmp_path):
     path.write_bytes(b"")
     assert "no rows" in refusal(data.Split, tmp_path)
     path.unlink()
-    for row in (b"c,H\xe4fen\n", b'"c,d\n'):
+    for row in (b"c,H\xe4fen\n", b'"c,d\n', b"c\n", b"c,d,e\n", b'c,"d\ne,f\ng,h"\n'):
         table.write_bytes(b"file_name,label\na,b\n" + row)
-        assert str(table) in refusal(data.Split, tmp_path)
+        assert refusal(data.Split, tmp_path).startswith(f"{table}, row ")
 
 
 def test_class_ids(tmp_path):
@@ -1311,6 +1311,19 @@ def test_wrong_data_is_one_line(what, places, tmp_path, capsys):
     assert not (tmp_path / "run/checkpoint.pt").exists()
 
 
+def test_scoring_in_between_loses_no_epoch(places, tmp_path, capsys):
+    """A broken test image ends the first scoring, after its epoch is saved; mended, it goes on."""
+    folder = shutil.copytree(places, tmp_path / "data")
+    image = folder / "test/3.png"
+    image.rename(folder / "kept.png")
+    argv = arguments(folder, tmp_path / "run", "satmip", "--epochs", 2, "--eval-every", 1)
+    assert "test/3.png: no such" in complaint(capsys, train.main, *argv)
+    assert checkpoint(tmp_path / "run")["log"][-1]["epoch"] == 1
+    (folder / "kept.png").rename(image)
+    train.main(argv)
+    assert checkpoint(tmp_path / "run")["log"][-1]["epoch"] == 2
+
+
 def test_training_starts_from_given_weights(run, places, tmp_path, capsys):
     """--init: the image encoder is the checkpoint's, MoCo's slow copy, too; another is refused."""
     more = ("--init", run("simclr"), "--base-lr", 1e-12, "--batch-size", 121)
@@ -1432,6 +1445,10 @@ def test_scores_by_hand():
     true, areas = torch.tensor([1, 1, 0, 1, 1, 1]), ["a", "a", None, "b", "c", "c"]
     averaged = evaluate.score(p, true, areas)  # a: 0.35, 0.65; c: 0.55, 0.45
     assert (averaged["accuracy"], averaged["test"]) == (0.5, 2)
+    votes = torch.arange(12.0).expand(4, 12).clone()  # top-5: a tie for the fifth rank is a miss
+    votes[3, 6:] = 7
+    found = evaluate.score(votes, torch.tensor([7, 6, 11, 7]), None)
+    assert (found["accuracy"], found["top5"]) == (0.25, 0.5)
     for labels, names in ([1, 1, 0, 1, 0, 1], areas), ([1, 1, 0, 1, 1, 1], list("abcdef")):
         assert "--average-areas" in refusal(evaluate.score, p, torch.tensor(labels), names)
 
