@@ -1,5 +1,5 @@
-"""What experiments.detect and experiments.segment share (Ayush et al., 2021, Section 5.2): an encoder
-by its name, batches by worker processes, a training loop that resumes.
+"""What experiments.detect and experiments.segment share (Ayush et al., 2021, Section 5.2): encoders
+by name, batches by worker processes, a training loop that resumes.
 
     encoder, about, statistics = image_encoder(args.checkpoint, args.seed)
     about |= {"protocol": "detect", "data": ..., "label": ..., "transfer_seed": args.seed, ...}
@@ -42,7 +42,7 @@ def arguments(text: str, source: str, epochs: int) -> argparse.ArgumentParser:
     add("source", type=Path, help=source)
     add("--output", type=Path, required=True, help="folder of this run; an existing one resumes")
     add("--epochs", type=int, default=epochs, help=f"over the training images ({epochs})")
-    add("--seed", type=int, default=0, help="of split, order, new layers and random weights (0)")
+    add("--seed", type=int, default=0, help="of order, new layers, random weights (0)")
     add("--device", default=device, help="cuda, cuda:1 or cpu (default: cuda if there is one)")
     add("--workers", type=int, default=8, help="processes that read images, at most the cores (8)")
     return parser
