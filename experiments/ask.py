@@ -5,7 +5,8 @@
 
 A test image is compared with a gallery of metadata that vary one field alone, all others missing:
 the field's values in the training split. Similarities times the model's scale give, by softmax, a
-posterior over the gallery; values with one answer add up. So the prior is that of training.
+posterior over the gallery; values with one answer add up. So the prior is that of training. Asked
+are the paper's fields timestamp, gsd, country_code and location, not others of one's own.
 """
 
 from collections import Counter
@@ -65,7 +66,8 @@ def posterior(p: Pretrained, question: str, values: list, images: Tensor) -> tup
 
 def ask(p: Pretrained, splits: Splits, images: Tensor, question: str) -> dict | None:
     """The likeliest answers of test images [m, E] -> scores; None when nothing is known. Beside
-    them `chance`: the commonest answer of training always, or any training place."""
+    them `chance`, without a look at the image: training's commonest answer, or any of its places.
+    """
     train, test = (split.columns(FIELD[question])[0] for split in splits)
     values = spread([v for v in train if answer(question, v) is not None], GALLERY)
     truths = {}
@@ -96,22 +98,27 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__)
     parser.add_argument("--places", type=Path, help="also a picture (.png) of where it places some")
     args = parser.parse_args(argv)
-    lines = [["model", "asked for", "right", "by chance", "answers", "test images"]]
+    lines = [["model", "asked for", "right", "without looking", "answers", "test images"]]
     with data.errors_in_one_line():
         for run in args.run:
             p, splits = open_run(run, args)
             needs_metadata(p)
             images = embed(p, {"image": extract(p, splits[1], args.workers)["image"]})["image"]
-            known = {field.name for field in p.reader.fields}
+            known = [field.name for field in p.reader.fields]
+            others = ", ".join(name for name in known if name not in FIELD.values())
+            if others:
+                asked = ", ".join(sorted(set(FIELD.values())))
+                print(f"{run}: not asked for {others}; fields that can be asked: {asked}")
             for question in (q for q, field in FIELD.items() if field in known):
                 r = ask(p, splits, images, question)
                 if r is None:
                     continue
                 append(args.output, [p.about | r])
                 right = f"{r.get('median_km', 0):,.0f} km off (median)"
-                chance = f"{r['chance']:,.0f} km"
+                chance = f"any training place: {r['chance']:,.0f} km"
                 if question != "place":
-                    right, chance = percent(r["accuracy"]) + " %", percent(r["chance"]) + " %"
+                    right = percent(r["accuracy"]) + " %"
+                    chance = f"always the commonest: {percent(r['chance'])} %"
                 name = f"{model_name(p.about | r)}, seed {p.about.get('seed')}"
                 count = str(r.get("classes", "places"))
                 lines.append([name, question, right, chance, count, f"{r['test']:,}"])

@@ -3,15 +3,17 @@
     python -m experiments.evidence --list             # all studies: what is there, what is missing
     python -m experiments.evidence longer shuffled    # train and score what is missing of these
     python -m experiments.tables runs/evidence/scores.jsonl
+    python -m experiments.gains runs/evidence/scores.jsonl --over simclr    # paired by seed
 
-On the demo data, three seeds. It runs commands of this repository and prints each, so that any
-can be pasted. A finished run is known by its log, a finished score by its row in
+On the demo data, three seeds (few-labels: five). It runs commands of this repository and prints
+each, so that any can be pasted. A finished run is known by its log, a finished score by its row in
 runs/evidence/scores.jsonl; train.py itself resumes a run that was stopped midway.
 """
 
 import argparse
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,8 +40,14 @@ class Run(NamedTuple):
 
 SIMCLR = Run("simclr", "--method simclr")
 SATMIPS = Run("satmips", f"--method satmips {TEXT}")
+SATMIPS_TABLE = Run("satmips-table", f"--method satmips {TABLE}")
+SATMIP = Run("satmip", f"--method satmip {TEXT}")
+SATMIP_TABLE = Run("satmip-table", f"--method satmip {TABLE}")
 COARSE = Run("simclr-coarse", "--method simclr", variant="coarse")
+SEEDS = {"few-labels": 5}  # the others have 3
 STUDIES = {
+    # Where do the methods separate, from 50 labels to all? 20 subsets each
+    "few-labels": [SIMCLR, SATMIP, SATMIP_TABLE, SATMIPS, SATMIPS_TABLE],
     # Does the gain over SimCLR grow, hold or vanish with more epochs?
     "longer": [
         SIMCLR, SATMIPS, SIMCLR._replace(name="simclr-8", epochs=8),
@@ -49,8 +57,7 @@ STUDIES = {
     ],
     # Text against table, SatMIP against SatMIPS, numbers as they are, rounded, with six decimals
     "encoders": [
-        SATMIPS, Run("satmips-table", f"--method satmips {TABLE}"),
-        Run("satmip", f"--method satmip {TEXT}"), Run("satmip-table", f"--method satmip {TABLE}"),
+        SATMIPS, SATMIPS_TABLE, SATMIP, SATMIP_TABLE,
         SATMIPS._replace(name="satmips-rounded", variant="rounded"),
         SATMIPS._replace(name="satmips-decimals", variant="decimals"),
     ],
@@ -66,7 +73,7 @@ STUDIES = {
     # Upper bound: the same ViT trained on the labels, from random weights and from these runs
     "upper": [SIMCLR, SATMIPS],
     # Robustness to place: scores by distance to the nearest training image
-    "leakage": [SATMIPS, Run("satmips-table", f"--method satmips {TABLE}")],
+    "leakage": [SATMIPS, SATMIPS_TABLE],
 }  # fmt: skip
 
 
@@ -121,20 +128,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("study", nargs="*", help=f"of {', '.join(STUDIES)} (default: all)")
     parser.add_argument("--list", action="store_true", help="only say what is missing")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", help="(default: 0 1 2, few-labels 0 to 4)")
     parser.add_argument("--epochs", type=int, default=0, help="of every run (default: the study's)")
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="the demo data")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="of the runs")
     args = parser.parse_args(argv)
     args.output = args.folder / "scores.jsonl"
+    if args.list:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence
     with data.errors_in_one_line():
         for study in args.study or STUDIES:
             if study not in STUDIES:
                 raise BadInput(f"{study}: not one of {', '.join(STUDIES)}")
             if not args.list and not args.data.is_dir():
                 raise BadInput(f"{args.data}: not there; python -m prepare.demo {args.data}")
-            there = 0
-            for seed in args.seeds:
+            there, seeds = 0, args.seeds or range(SEEDS.get(study, 3))
+            for seed in seeds:
                 for run in STUDIES[study]:
                     commands = training(run, seed, args) + scoring(study, run, seed, args)
                     there += not commands
@@ -142,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
                         print(f"python {command}", flush=True)
                         if not args.list:
                             execute(command)
-            count = len(STUDIES[study]) * len(args.seeds)
+            count = len(STUDIES[study]) * len(seeds)
             print(f"{study}: {there} of {count} runs were there", flush=True)
 
 

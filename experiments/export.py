@@ -1,7 +1,7 @@
 """The image encoder of a run for other programs: timm's names (torchvision's for ResNet-50).
 
     python -m experiments.export runs/satmips OUT                   # encoder.pt and encoder.json
-    python -m experiments.export runs/satmips OUT --features DIR    # also its features of a dataset
+    python -m experiments.export runs/satmips OUT --features DATA   # also its features of a dataset
 
 encoder.json says how to build the network and standardise its input. In timm:
 
@@ -60,11 +60,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", type=Path, help="folder of a run, or its checkpoint.pt")
     parser.add_argument("out", type=Path, help="folder to write to")
-    parser.add_argument("--features", type=Path, metavar="DIR", help="dataset to write features of")
+    parser.add_argument("--features", type=Path, metavar="DATA", help="dataset whose features it "
+                        "writes, too")
     parser.add_argument("--workers", type=int, default=8, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     with data.errors_in_one_line():
+        if args.features and not args.features.is_dir():
+            raise BadInput(f"--features {args.features}: no such folder; wanted a prepared dataset")
+        splits = data.read_dataset(args.features) if args.features else ()
         path = args.run
         if path.is_dir():
             path = path / "checkpoint.pt"
@@ -78,10 +82,10 @@ def main(argv: list[str] | None = None) -> None:
         torch.save(weights, buffer)
         write(args.out / "encoder.pt", buffer.getvalue())
         write(args.out / "encoder.json", json.dumps(describe(state), indent=1).encode())
-        if args.features:
+        if splits:
             p = load_pretrained(path, torch.device(args.device))
             p.statistics, p.reader = state.get("own_statistics") or state["statistics"], None
-            for name, split in zip(("train", "test"), data.read_dataset(args.features)):
+            for name, split in zip(("train", "test"), splits):
                 features = extract(p, split, args.workers)["image"].cpu().numpy()
                 buffer = io.BytesIO()
                 np.save(buffer, features)

@@ -59,8 +59,19 @@ def wanted_rows(about: dict, sizes: dict[str, int], subsets: int) -> list[dict]:
     return rows
 
 
+def too_few(train: data.Split, sizes: dict[str, int]) -> str:
+    """Why there is nothing to score."""
+    if not sizes:
+        return f"{train.path}: no label to score"
+    found = ", ".join(f"{class_name(label)} {size}" for label, size in sizes.items())
+    least = min(max(count, k) for count, k in COUNTS)
+    return f"{train.path}: fewer than {least} training images with a label ({found})"
+
+
 def describe(row: dict) -> str:
-    what = f"{model_name(row)}, seed {row.get('seed')}, {class_name(row['label'])}"
+    what = f"{model_name(row)}, {class_name(row['label'])}"
+    if "seed" in row:
+        what = f"{model_name(row)}, seed {row['seed']}, {class_name(row['label'])}"
     score = f"{percent(row['accuracy'])} % ± {percent(row['deviation'])}"
     labels = f"{row['labelled']:,} labels, k={row['k']}"
     return f"{what}, {labels}: {score} over {row['subsets']} subsets"
@@ -101,8 +112,11 @@ def main(argv: list[str] | None = None) -> None:
             sizes = {label: int((y[0] >= 0).sum()) for label, (_, y) in labels.items()}
             for about, model in models(p, args):
                 rows = wanted_rows(about, sizes, args.subsets)
-                rows = missing(rows, args.output)
-                print(f"{about['method']}, {about.get('checkpoint', '')}: {len(rows)} to score")
+                if not rows:
+                    raise BadInput(too_few(splits[0], sizes))
+                rows, wanted = missing(rows, args.output), len(rows)
+                name = f"{model_name(about | {'features': 'image'})}, {about.get('checkpoint', '')}"
+                print(f"{name.rstrip(', ')}: {len(rows)} of {wanted} to score")
                 if not rows:
                     continue
                 features = image_features(model, splits, p.image_size, args.workers)

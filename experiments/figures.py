@@ -56,17 +56,18 @@ def relative_times(results: list[dict]) -> dict[tuple[str, int], float]:
     return {key: value / shortest for key, value in times.items()}
 
 
-def chosen(kind: str, results: list[dict], k: int) -> list[dict]:
+def chosen(kind: str, results: list[dict], k: int, metric: str) -> list[dict]:
     """The results that such a figure shows."""
     found = []
     for r in results:
         scored = r["protocol"] in ("knn", "linear") and r.get("k", k) == k
         if kind in ("epochs", "time"):
             scored = scored and r["features"] == "image"
-        if scored and r["method"] != "random":
+        if scored and r["method"] != "random" and metric_of(r, metric) in r:
             found.append(r)
     if not found:
-        raise BadInput(f"{kind}: no such result of kNN with k = {k} or of a probe")
+        what = f"kNN with k = {k} or of a probe (--metric {metric})"
+        raise BadInput(f"{kind}: no such result of {what}")
     return found
 
 
@@ -99,7 +100,7 @@ def panel(axis, kind: str, shown: list[dict], metric: str, times: dict) -> None:
 
 
 def draw(kind: str, results: list[dict], k: int, metric: str, path: Path) -> None:
-    shown, times, panels = chosen(kind, results, k), {}, {}
+    shown, times, panels = chosen(kind, results, k, metric), {}, {}
     if kind == "time":
         times = relative_times(shown)
     for r in shown:
@@ -112,6 +113,7 @@ def draw(kind: str, results: list[dict], k: int, metric: str, path: Path) -> Non
         panel(axis, kind, rows, metric, times)
         axis.set_title(title, fontsize=9)
         axis.set_ylabel(f"{metric_of(rows[0], metric).replace('_', ' ')} (%)", fontsize=9)
+        axis.set_ylim(top=min(100, axis.get_ylim()[1]))
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)

@@ -9,8 +9,9 @@ from typing import Callable, Iterable
 from metadata import FIELDS, BadInput
 from train import Config
 
-SCORED = ("knn", "linear", "finetune", "few-labels")  # protocols with one score a label
-METRICS = ("paper", "accuracy", "macro_f1")
+OWN_METRIC = {"detect": "AP50", "segment": "mIoU"}  # protocols that have no accuracy
+SCORED = ("knn", "linear", "finetune", "few-labels", *OWN_METRIC)  # with one score a label
+METRICS = ("paper", "accuracy", "macro_f1", "top5")
 # Options of train.py that make no row of a table: in a model's name already, or without effect
 NO_SETTINGS = {"method", "metadata", "metadata_encoder", "image_image", "geo", "temporal", "seed",
                "data", "output", "preset", "workers", "eval_every", "log_every",
@@ -18,7 +19,8 @@ NO_SETTINGS = {"method", "metadata", "metadata_encoder", "image_image", "geo", "
 SETTINGS = [f.name for f in dataclasses.fields(Config) if f.name not in NO_SETTINGS]
 SETTINGS.append("trained_on")
 DATASETS = {"fmow": "fMoW", "resisc45": "R45", "optimal31": "O31", "ucmerced": "UCM",
-            "fgsc23": "F23", "eurosat": "Euro", "so2sat": "So2"}  # fmt: skip
+            "fgsc23": "F23", "eurosat": "Euro", "so2sat": "So2", "xview": "xView",
+            "spacenet": "SpaceNet", "naip": "NAIP", "geoimagenet": "GeoImageNet"}  # fmt: skip
 
 
 def read_rows(paths: Iterable[Path]) -> list[dict]:
@@ -81,6 +83,8 @@ def dataset_name(result: dict) -> str:
 
 def metric_of(result: dict, metric: str) -> str:
     """ "paper": macro-F1 on fMoW and FGSC-23, accuracy elsewhere (Section 4.2)."""
+    if result["protocol"] in OWN_METRIC:
+        return OWN_METRIC[result["protocol"]]
     if metric != "paper":
         return metric
     return "macro_f1" if dataset_name(result) in ("fMoW", "F23") else "accuracy"
@@ -89,6 +93,8 @@ def metric_of(result: dict, metric: str) -> str:
 def setting(result: dict, name: str) -> str:
     """An option's value as tables show it."""
     value = result.get(name)
+    if name == "method" and value == "random":
+        return "untrained"
     if name == "init":
         return str(bool(value))
     if name == "trained_on":
@@ -104,28 +110,30 @@ def run_folder(result: dict) -> Path:
     return path.parent if path.suffix == ".pt" else path
 
 
-def collect(results: list[dict], place: Callable[[dict], tuple]) -> dict[tuple, dict[int, dict]]:
-    """-> place(result), the row and the column -> seed -> result; scored twice, the last counts.
+def collect(results: list[dict], place: Callable[[dict], tuple]) -> dict[tuple, dict[tuple, dict]]:
+    """-> place(result), the row and the column -> seeds of training and of transfer -> result;
+    scored twice, the last counts.
 
     Two runs of one seed in a cell are refused: what tells them apart has no row of its own."""
     cells = {}
     for r in results:
-        seeds, seed = cells.setdefault(place(r), {}), r.get("seed")
+        seeds, seed = cells.setdefault(place(r), {}), (r.get("seed"), r.get("transfer_seed"))
         before = seeds.get(seed, r)
         if run_folder(before) != run_folder(r) and r["method"] != "random":
             unlike = [name for name in SETTINGS if before.get(name) != r.get(name)]
             differ = ", ".join(f"{n} {setting(before, n)} and {setting(r, n)}" for n in unlike)
             raise BadInput(
-                f"{before.get('checkpoint')} and {r.get('checkpoint')} are both seed {seed} of "
+                f"{before.get('checkpoint')} and {r.get('checkpoint')} are both seed {seed[0]} of "
                 f"{', '.join(map(str, place(r)))} ({differ or 'equal settings'}): give one of them"
             )
         seeds[seed] = r
     return cells
 
 
-def scores(runs: dict[int, dict], metric: str) -> list[float]:
-    """Percent, one a seed."""
-    return [100 * r[metric_of(r, metric)] for r in runs.values()]
+def scores(runs: dict[tuple, dict], metric: str) -> list[float]:
+    """Percent, one a seed; none where a result has no such score (top5 of few classes)."""
+    found = [r.get(metric_of(r, metric)) for r in runs.values()]
+    return [100 * share for share in found if share is not None]
 
 
 def show(numbers: list[float]) -> str:

@@ -24,8 +24,8 @@ from PIL import Image
 import data
 import train
 from experiments import (
-    ask, baselines, common, cost, evidence, export, few_labels, figures, leakage, missing, pictures,
-    results, retrieval, tables, variants,
+    ask, baselines, common, cost, evidence, export, few_labels, figures, gains, leakage, missing,
+    pictures, results, retrieval, tables, variants,
 )  # fmt: skip
 from metadata import parse_timestamp
 
@@ -166,6 +166,7 @@ def test_tables_of_the_paper(result_file):
     path = result_file("short", epochs=25)
     lines = tables.PAPER.read_text(encoding="utf-8").splitlines()
     numbers = {line.split(";")[0] for line in lines if line[0] not in "#t"}
+    numbers -= {*tables.AYUSH}
     assert numbers == {"2", "3", "4", "5", "6", "S4", "S5", "S6", "S8"} and lines[0][0] == "#"
     for number in numbers:
         assert max(len(row[0]) for row in rows_of(said(tables.main, path, "--paper", number))) < 60
@@ -175,6 +176,7 @@ def test_tables_of_the_paper(result_file):
     assert two[3][:3] == ["satmips", "55.0 ± 7.1", "62.3 ± 0.0"]
     assert two[0][-1] == "demo climate k=5"
     assert text.endswith("Here (the paper): metadata_encoder table (text); epochs 25 (200)\n")
+    assert "relative" not in said(tables.main, path, "--paper", "S8")
     eight = rows_of(said(tables.main, path, "--paper", "S8"))
     assert eight[0][1:5] == ["time", "paper: time", "memory", "paper: memory"]
     assert eight[3][1:5] == ["1.25", "1.05", "1.25", "1.11"], "of each run's log.jsonl"
@@ -182,6 +184,77 @@ def test_tables_of_the_paper(result_file):
     assert five[8][:5] == ["satmip fields=all", "", "50.7 ± 0.1", "58.0 ± 0.2", "78.6 ± 0.1"]
     six = rows_of(said(tables.main, path, "--paper", "S6"))
     assert six[0][1:3] == ["fMoW 25 epochs F1", "paper: fMoW 25 epochs F1"]
+    text = said(tables.main, result_file("alone", method="satmip"), "--paper", "S8")
+    assert "time, memory: no log of a run of simclr" in text and "35.0" not in text
+
+
+def transfer_rows() -> list[dict]:
+    """What detection, segmentation and scores of land cover and of photographs might write."""
+    found = []
+    run = {"features": "image", "label": "label", "vit": "resnet50", "epochs": 200}
+    for method, seed, transfer_seed in (("random", 0, 0), ("moco-geo", 0, 0), ("moco-geo", 0, 1)):
+        about = run | {"method": method, "checkpoint": method, "seed": seed}
+        score = 0.25 + 0.5 * transfer_seed
+        for protocol, source, key in (("detect", "xview", "AP50"), ("segment", "SpaceNet", "mIoU")):
+            r = about | {"protocol": protocol, "data": source, "transfer_seed": transfer_seed}
+            found.append(r | {key: score})
+        for protocol in ("linear", "finetune"):
+            r = about | {"protocol": protocol, "macro_f1": 0.0}
+            found.append(r | {"data": "x/naip", "accuracy": 0.75})
+            found.append(r | {"data": "geoimagenet", "accuracy": 0.5, "top5": 0.625})
+    return found
+
+
+def test_tables_of_ayush_et_al(tmp_path):
+    """Several fine-tunings of a checkpoint are repeats; untrained rows count; top-5 is a column."""
+    path = tmp_path / "rows.jsonl"
+    results.append(path, transfer_rows())
+    for number, column, theirs, ours in (("A3", "xView AP50", "15.63", "50.0 ± 35.4"),
+                                         ("A4", "SpaceNet mIoU", "78.42", "50.0 ± 35.4")):  # fmt: skip
+        rows = rows_of(said(tables.main, path, "--paper", number))
+        assert rows[0] == [f"Table {number}", column, f"paper: {column}"]
+        assert rows[1][:2] == ["untrained", "25.0"]
+        assert ["moco-geo", ours, theirs] in rows
+    for number, name, expected in (
+        ("A5", "NAIP", ("58.23", "75.0", "75.0")),
+        ("A6", "GeoImageNet", ("39.96", "50.0", "50.0")),
+        ("A6", "GeoImageNet", ("58.71", "62.5", "62.5", " top-5")),
+    ):
+        head, *rows = rows_of(said(tables.main, path, "--paper", number))
+        cells = {row[0]: dict(zip(head, row)) for row in rows}["moco-geo"]
+        end = "".join(expected[3:])
+        columns = [f"paper: {name}{end}", f"{name} linear{end}", f"{name} finetune{end}"]
+        assert [cells[column] for column in columns] == list(expected[:3])
+    text = said(tables.main, path, "--metric", "top5")
+    assert "xview, label: AP50 (%)" in text and "SpaceNet, label: mIoU (%)" in text
+    assert rows_of(text)[-1] == ["moco-geo, image", "62.5", "62.5"]
+    assert ["moco-geo, image", "-", "-"] in rows_of(text), "NAIP's made rows have no top-5"
+
+
+def test_gains_are_paired_by_seed(tmp_path):
+    """Differences by hand: at equal epochs; the base on the scored data where metadata changed."""
+    path, made = tmp_path / "rows.jsonl", []
+    for method, epochs, trained_on, accuracies in (
+        ("simclr", 4, "demo", (0.5, 0.75)), ("satmips", 4, "demo", (0.625, 0.625)),
+        ("satmips", 4, "demo-shuffled", (0.5, 0.5)), ("satmips", 8, "demo", (1.0, 1.0)),
+        ("simclr", 4, "demo-fine", (0.0, 0.0)), ("satmips", 4, "demo-fine", (0.125, 0.25)),
+    ):  # fmt: skip
+        for seed, accuracy in enumerate(accuracies):
+            r = {"method": method, "epochs": epochs, "trained_on": f"x/{trained_on}", "seed": seed}
+            r |= {"data": "x/demo", "label": "label_climate", "features": "image", "k": 1}
+            r |= {"protocol": "few-labels", "labelled": 50, "accuracy": accuracy, "macro_f1": 0}
+            made.append(r | {"checkpoint": f"{method}-{epochs}-{trained_on}-{seed}"})
+    results.append(path, made)
+    rows = rows_of(said(gains.main, path))
+    assert rows == [
+        ["demo, climate: accuracy, gain over simclr", "50 labels k=1"],
+        ["satmips, epochs=4, trained_on=demo, image", "+0.0 ± 17.7, 1 of 2"],
+        ["satmips, epochs=4, trained_on=demo-shuffled, image", "-12.5 ± 17.7, 0 of 2"],
+        ["satmips, epochs=4, trained_on=demo-fine, image", "+18.8 ± 8.8, 2 of 2"],
+    ]
+    assert "--over x: no result has its seed and epochs; there are simclr, satmips" in refusal(
+        gains.main, path, "--over", "x"
+    )
 
 
 def test_tables_refuse_what_they_cannot_tell_apart(result_file, tmp_path):
@@ -358,6 +431,7 @@ def test_ask_adds_up_a_gallery_of_single_fields(run, dataset, tmp_path):
     assert result["test"] == len(right) < 16 and result["accuracy"] == np.mean(right)
     rows = rows_of(said(ask.main, run("satmips"), "--places", tmp_path / "map.png", *CPU))
     assert [row[1] for row in rows] == ["asked for", "month", "gsd", "place"]
+    assert rows[1][3].startswith("always the commonest: ") and "any training place" in rows[3][3]
     assert "km off" in rows[3][2] and Image.open(tmp_path / "map.png").height > 500
 
 
@@ -444,10 +518,28 @@ def test_few_labels(run, dataset, tmp_path, monkeypatch):
     assert found[0]["subsets"] == 3 and found[1]["subsets"] == 1 and found[5]["accuracy"] == 1
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found[:-1]))
     text = said(few_labels.main, *argv)
-    assert json_lines(tmp_path / "few.jsonl") == found and text.count(" 0 to score") == 2
+    assert json_lines(tmp_path / "few.jsonl") == found and text.count(" 0 of 2 to score") == 2
+    assert "\nuntrained, untrained vit_micro, seed 0: 0 of 2 to score\nhistograms: 1 of 2" in text
     assert rows_of(said(tables.main, tmp_path / "few.jsonl"))[0][1:] == [
         "10 labels k=1", f"{found[1]['labelled']} labels k=20",
     ]  # fmt: skip
+
+
+def test_few_labels_says_why_there_is_nothing_to_score(run, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(few_labels, "COUNTS", ((50, 1), (0, 60)))
+    line = refusal(few_labels.main, run("simclr"), *CPU)
+    assert "metadata.jsonl: fewer than 50 training images with a label (kind 4" in line
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (32, 32)).save(tmp_path / split / "x.png")
+        (tmp_path / split / "metadata.jsonl").write_text('{"file_name": "x.png"}\n')
+    line = refusal(few_labels.main, run("simclr"), "--data", tmp_path, *CPU)
+    assert line.endswith("metadata.jsonl: no label to score")
+
+
+def test_export_checks_before_it_writes(run, tmp_path):
+    line = refusal(export.main, run("simclr"), tmp_path / "out", "--features", tmp_path / "x", *CPU)
+    assert "--features" in line and "no such folder" in line and not (tmp_path / "out").exists()
 
 
 def test_timm_takes_the_export(run, dataset, tmp_path):
@@ -510,7 +602,9 @@ def test_evidence_says_what_is_missing(tmp_path):
     assert said(evidence.main, *argv).splitlines()[:-1] == lines[3:-1]
     (folder / "log.jsonl").write_text('{"step": 1, "epoch": 3}\n')
     assert said(evidence.main, *argv).splitlines()[0] == lines[0]
-    assert "nonsense: not one of longer" in refusal(evidence.main, "nonsense")
+    assert "nonsense: not one of few-labels" in refusal(evidence.main, "nonsense")
+    text = said(evidence.main, "--list", "--folder", tmp_path)
+    assert re.findall(r"of (\d+) runs", text) == ["25", "18", "18", "9", "15", "6", "6"], "seeds"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -525,10 +619,8 @@ def test_documented_commands_have_their_options(capsys):
     asked = {}
     for program, rest in programs:
         asked.setdefault(program, set()).update(re.findall(r"--[a-z][a-z-]*", rest))
-    assert {f"experiments.{p.stem}" for p in HERE.glob("*.py")} - {*asked} == {
-        "experiments.__init__", "experiments.common", "experiments.results",
-        "experiments.test_experiments",
-    }  # fmt: skip
+    scripts = {f"experiments.{p.stem}" for p in HERE.glob("*.py") if "\ndef main(" in p.read_text()}
+    assert len(scripts) > 15 and scripts <= {*asked}
     for program, options in asked.items():
         with pytest.raises(SystemExit):
             importlib.import_module(program.removesuffix(".py")).main(["--help"])

@@ -1,0 +1,86 @@
+"""How much runs gain over those of another method, paired by seed.
+
+    python -m experiments.gains runs/evidence/scores.jsonl --over simclr
+    python -m experiments.gains few.jsonl --over "satmip (text)" --metric macro_f1
+
+A cell is the mean difference in points ± its sample standard deviation over the seeds, and how many
+of the seeds gain. Both runs have as many epochs, and the same settings in which the other method's
+runs vary; where it has no run on a changed dataset, that on the scored one is taken.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+import data
+from experiments.results import (
+    METRICS, SCORED, class_name, markdown, metric_of, model_name, read_rows, setting,
+)  # fmt: skip
+from experiments.tables import protocol_name, varying_settings
+from metadata import BadInput
+
+
+def pair(r: dict, names: list[str], trained_on: str) -> tuple:
+    """What a result has in common with the one that it is compared with."""
+    settings = [setting(r, name) for name in names if name != "trained_on"]
+    where = (r["data"], r["label"], protocol_name(r), r.get("seed"), r.get("transfer_seed"))
+    return *where, *settings, trained_on
+
+
+def differences(results: list[dict], over: str, metric: str) -> dict:
+    """-> table -> row -> column -> seed -> difference in points."""
+    varying, tables, bases = varying_settings(results), {}, {}
+    names = dict.fromkeys(varying.get(over, ()))
+    if over != "untrained":
+        names["epochs"] = None
+    for r in results:
+        if model_name(r) == over and r["features"] == "image":
+            bases[pair(r, names, setting(r, "trained_on"))] = r
+    for r in results:
+        usual = bases.get(pair(r, names, Path(r["data"]).name))
+        base = bases.get(pair(r, names, setting(r, "trained_on")), usual)
+        measure = metric_of(r, metric)
+        if base is None or model_name(r) == over or measure not in r or measure not in base:
+            continue
+        title = f"{Path(r['data']).name}, {class_name(r['label'])}: {measure}, gain over {over}"
+        settings = [f"{name}={setting(r, name)}" for name in varying[model_name(r)]]
+        row = ", ".join([model_name(r), *settings, r["features"]])
+        cells = tables.setdefault(title, {}).setdefault(row, {}).setdefault(protocol_name(r), {})
+        cells[r.get("seed"), r.get("transfer_seed")] = 100 * (r[measure] - base[measure])
+    if not tables:
+        models = ", ".join(varying)
+        raise BadInput(f"--over {over}: no result has its seed and epochs; there are {models}")
+    return tables
+
+
+def show(found: dict[tuple, float]) -> str:
+    """ "+1.2 ± 0.4, 3 of 3"."""
+    values = list(found.values())
+    if not values:
+        return "-"
+    deviation = ""
+    if len(values) > 1:
+        deviation = f" ± {statistics.stdev(values):.1f}"
+    positive = sum(value > 0 for value in values)
+    return f"{statistics.mean(values):+.1f}{deviation}, {positive} of {len(values)}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("files", type=Path, nargs="+", help="what evaluate.py --output wrote")
+    parser.add_argument("--over", default="simclr", help="model as tables name it (simclr)")
+    parser.add_argument("--metric", default="paper", choices=METRICS,
+                        help="paper: macro-F1 on fMoW and FGSC-23, else accuracy")  # fmt: skip
+    args = parser.parse_args(argv)
+    with data.errors_in_one_line():
+        results = [r for r in read_rows(args.files) if r["protocol"] in SCORED]
+        for title, rows in differences(results, args.over, args.metric).items():
+            columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+            lines = [[title, *columns]]
+            for row, cells in rows.items():
+                lines.append([row, *(show(cells.get(column, {})) for column in columns)])
+            print(f"{markdown(lines)}\n")
+
+
+if __name__ == "__main__":
+    main()
