@@ -9,6 +9,11 @@
     decimals   numbers with six decimals in captions, more than the demo data know
 
 Images are linked, not copied; the test split keeps its rows, so that scores compare.
+
+    python -m experiments.variants masks data/demo data/demo-masks
+
+    masks      no dataset, but for each image of the demo data its land cover in 17 classes, a PNG
+               cut out of the map in demo/ (experiments.segment learns them)
 """
 
 import argparse
@@ -19,9 +24,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import data
 from metadata import FIELDS, BadInput, parse_numbers
+from prepare.demo import PIXELS, Areas, local_grid, lookup
+from prepare.loop import progress
 
 KINDS = ("shuffled", "coarse", "fine", "rounded", "decimals")
 STYLES = {"rounded": "%.0f", "decimals": "%.6f"}
@@ -102,16 +110,51 @@ def make(kind: str, source: Path, folder: Path, limit: float = 19_000, seed: int
     print(f"{folder}: {len(rows):,} training images, {kind}")
 
 
+def land_cover(areas: Areas, record: dict, path: Path) -> np.ndarray:
+    """uint8 [64, 64] IGBP classes at the pixels' centres, on the grid of the image's own pixels.
+
+    A record's place is rounded, to two pixels and more; its area's number gives the exact one."""
+    number, exact = str(record.get("area"))[1:], {}
+    if number.isdecimal():
+        longitude, latitude, gsd = areas.place(int(number))
+        exact = {"gsd": round(1000 * gsd), "location": [round(longitude, 1), round(latitude, 1)]}
+    if not exact or any(record.get(key) != value for key, value in exact.items()):
+        what = f"{record.get('file_name')} is no image of prepare.demo with --seed {areas.seed}"
+        raise BadInput(f"{path}: {what}")
+    steps = np.arange(PIXELS) - (PIXELS - 1) / 2
+    return lookup(areas.land_cover, local_grid(longitude, latitude, gsd, steps))
+
+
+def make_masks(source: Path, folder: Path, seed: int) -> None:
+    """Written beside and renamed."""
+    if folder.exists():
+        raise BadInput(f"{folder}: exists; remove it first, or choose another folder")
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    areas = Areas(seed)
+    for split in data.read_dataset(source):
+        for record in progress(split, f"cutting {split.folder.name}", len(split)):
+            mask = Image.fromarray(land_cover(areas, record, split.path))
+            path = (unfinished / split.folder.name / record["file_name"]).with_suffix(".png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mask.save(path)
+    unfinished.rename(folder)
+    print(f"{folder}: land cover, of {source}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("kind", choices=KINDS, help="what is changed")
+    parser.add_argument("kind", choices=(*KINDS, "masks"), help="what is changed")
     parser.add_argument("source", type=Path, help="a prepared dataset")
     parser.add_argument("folder", type=Path, help="where to write the variant; must not exist")
     parser.add_argument("--gsd", type=float, default=19_000, help="limit of coarse and fine in m")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffling")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffling; masks: the demo's")
     args = parser.parse_args(argv)
     with data.errors_in_one_line():
-        make(args.kind, args.source, args.folder, args.gsd, args.seed)
+        if args.kind == "masks":
+            make_masks(args.source, args.folder, args.seed)
+        else:
+            make(args.kind, args.source, args.folder, args.gsd, args.seed)
 
 
 if __name__ == "__main__":
