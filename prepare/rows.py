@@ -1,34 +1,28 @@
 """Rows of one's own data: which image, which class, which split."""
 
 import argparse
+import contextlib
 import hashlib
-import json
 import os
-import re
 import unicodedata
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterable
 
 from metadata import BadInput
 from prepare.fields import ALIASES, is_label
 from prepare.sources import list_files
-from prepare.stac import IMAGES, read_items
-from prepare.tables import Row, printable, read_table
+from prepare.stac import read_items
+from prepare.tables import IMAGES, Row, printable, read_table
+from prepare.values import several
 
-BLANKS = {"", "-", "?", "n/a", "nan", "null", "none"}  # NA is Namibia
-LISTED = re.compile(r"\[.*\]|\{.*\}|\(['\"].*\)", re.S)  # as programs print several values
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-VALIDATION = ("val", "valid", "validation", "dev")  # the test split of a table that has no other
+BLANKS = {"-", "?", "n/a", "nan", "null", "none", "[]"}  # NA is Namibia
 
 
-class Item(NamedTuple):
-    """A row, and where it goes."""
-
-    row: Row
-    split: str  # train, test, or why it is left out
-
-    def __str__(self) -> str:
-        return self.row.where
+def is_blank(value: object, label: bool) -> bool:
+    """Nothing, as tables write it; a class may be called "none"."""
+    text = str(value).strip().lower()
+    return value is None or value != value or not text or (text in BLANKS and not label)
 
 
 def read_rows(args: argparse.Namespace) -> tuple[list[Row], list[str]]:
@@ -45,44 +39,32 @@ def read_rows(args: argparse.Namespace) -> tuple[list[Row], list[str]]:
         print(f"{args.table}: no table and no STAC items in it: images alone, without metadata")
         paths = list_files(args.table, *IMAGES, *map(str.upper, IMAGES))
         rows = [Row(str(path), {"file_name": os.path.abspath(path)}) for path in paths]
-    kept, columns = [], list(dict.fromkeys(name for row in rows for name in row.values))
-    for row in rows:
+    columns = dict.fromkeys(name for row in rows for name in row.values)
+    for i, row in enumerate(rows):
         values = {k: v for k, v in row.values.items() if not is_blank(v, is_label(k))}
-        kept.append(row._replace(values=values))
-    used = {name for row in kept for name in row.values}
-    if not used:
+        rows[i] = row._replace(values=values)
+    usable = [row for row in rows if row.values and not row.problem]
+    if not usable:
         why = rows[0].problem if rows else "no STAC item"
         raise BadInput(f"{args.table}: no row can be used; {why or 'all are empty'}")
-    return kept, [name for name in columns if name in used]
-
-
-def is_blank(value: object, label: bool) -> bool:
-    if value is None or isinstance(value, str):
-        text = (value or "").strip().lower()
-        return not text or (text in BLANKS and not label)  # a class may be called "none"
-    try:
-        return value == [] or not json.dumps(value, allow_nan=False)
-    except ValueError:  # NaN is no JSON
-        return True
+    filled = {name for row in usable for name in row.values}
+    return rows, [name for name in columns if name in filled]
 
 
 def find_image(name: object, args: argparse.Namespace) -> tuple[Path, str]:
-    """-> an image's file, and what it is called in the dataset; FileNotFoundError.
+    """-> an image's file, and what it is called in the dataset.
 
     Names are tried under IMAGES, then beside the table, in either Unicode form, with either slash.
     """
-    name = name if isinstance(name, str) else ""
-    forms = [name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)]
-    inside = False
+    text = name if isinstance(name, str) else ""
+    forms = [text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))]
     for root in (args.images, args.table if args.table.is_dir() else args.table.parent):
         root = Path(os.path.abspath(root))
-        for form in dict.fromkeys([*forms, name.replace("\\", "/")]):
+        for form in [*forms, text.replace("\\", "/")]:
             path = Path(os.path.normpath(root / form))
-            if name and path.is_relative_to(root):
-                inside = True
-                if os.path.isfile(path):
-                    return path, unicodedata.normalize("NFC", path.relative_to(root).as_posix())
-    what = f"no such image under {args.images}" if inside else f"is no file under {args.images}"
+            if path.is_relative_to(root) and os.path.isfile(path):
+                return path, unicodedata.normalize("NFC", path.relative_to(root).as_posix())
+    what = f"no such file under {args.images} or beside the table"
     raise BadInput(f"{args.path_column} {printable(name)!r}: {what}")
 
 
@@ -90,11 +72,9 @@ def path_column(rows: list[Row], names: list[str], args: argparse.Namespace) -> 
     """The first column whose values are images' files."""
     for name in names:
         for row in rows[:1000]:
-            try:
+            with contextlib.suppress(BadInput):
                 find_image(row.values.get(name), args)
                 return name
-            except (BadInput, OSError, ValueError):
-                continue
     columns = f"the columns are {printable(', '.join(names), 300)}; --path-column says which"
     raise BadInput(f"no column names files under {args.images}; {columns}")
 
@@ -108,50 +88,58 @@ def column_called(name: str, option: str, names: list[str]) -> str:
     raise BadInput(f"{option} {name}: no column {name!r}; there are {there}")
 
 
-def check_labels(rows: list[Row], labels: dict[str, str]) -> None:
-    """One class an image: a list of them, also as text, ends in one line."""
-    for row in rows:
-        for name in labels:
-            value = row.values.get(name)
-            text = value.strip() if isinstance(value, str) else ""
-            if isinstance(value, (list, dict)) or LISTED.fullmatch(text):
-                parts = ", ".join(map(str, value)) if not text else text[1:-1].replace("'", "")
-                what = f"{name}: a list of classes ({printable(parts)})"
-                raise BadInput(f"{what}; scores need one class an image ({row.where})")
+def check_labels(rows: list[Row], labels: Iterable[str]) -> None:
+    """One class an image; rows without one are counted."""
+    rows = [row for row in rows if not row.problem]
+    for name in labels:
+        for row in rows:
+            if several(row.values.get(name)):
+                what = f"a list of classes ({printable(row.values[name])})"
+                raise BadInput(f"{row}: {name}: {what}; scores need one class an image")
+        blank = sum(name not in row.values for row in rows)
+        if blank:
+            print(f"{name}: {blank:,} of {len(rows):,} rows have no class; scores pass over them")
 
 
-def deal(rows: list[Row], args: argparse.Namespace) -> list[Item]:
-    """Each row with its split: as its column says, else drawn, whole areas, towards the share."""
-    told = [str(row.values.get(args.split_column, "")).strip().lower() for row in rows]
-    sides = dict(SPLITS)
-    if not {"test", "testing"} & set(told):
-        sides |= dict.fromkeys(VALIDATION, "test")
-    groups = {}
-    for i, (row, said) in enumerate(zip(rows, told)):
-        if not said:
-            names = row.values.get(args.area), row.values.get(args.path_column)
-            key = str(names[0] or names[1])
-            rank = hashlib.sha256(f"{args.seed} {key}".encode("utf-8", "replace")).digest()
-            groups.setdefault((rank, key), []).append(i)
-    drawn, test = sum(map(len, groups.values())), set()
-    wanted = args.test_share * drawn
-    for _, group in sorted(groups.items()):
-        if abs(len(test) + len(group) - wanted) < abs(len(test) - wanted):
-            test.update(group)
-    if groups and not test:
-        test.update(min(groups.values(), key=len))
-    if groups:
-        share = f"{len(test):,} of {drawn:,} images ({len(test) / drawn:.0%})"
-        print(f"no column {args.split_column}: {share} drawn for the test split, seed {args.seed}")
-        if abs(len(test) - wanted) > 0.25 * wanted + 1:
-            print(f"  {args.test_share:.0%} were asked for: the {len(groups)} areas are too large")
-    items = []
-    for i, (row, said) in enumerate(zip(rows, told)):
-        drawn_side = "test" if i in test else "train"
-        items.append(Item(row, sides.get(said, f"rows of split {said!r}") if said else drawn_side))
-    for side in ("train", "test"):
-        if not any(item.split == side for item in items):
-            found = f"{args.split_column} says {', '.join(sorted(set(told)))}"
-            why = "all images are of one area" if groups else found
-            raise BadInput(f"no row for {side}: {why}")
-    return items
+def area_of(row: Row, args: argparse.Namespace) -> str:
+    return str(row.values.get(args.area) or row.values.get(args.path_column))
+
+
+def draw_areas(rows: list[Row], args: argparse.Namespace) -> set[str]:
+    """Areas for the test split, drawn towards the share of images."""
+    sizes, ranks = Counter(area_of(row, args) for row in rows), {}
+    for area in sizes:
+        text = f"{args.seed} {area}".encode("utf-8", "replace")
+        ranks[area] = hashlib.sha256(text).digest()
+    test, count, wanted = set(), 0, args.test_share * len(rows)
+    for area in sorted(sizes, key=ranks.get):
+        if abs(count + sizes[area] - wanted) < abs(count - wanted):
+            test.add(area)
+            count += sizes[area]
+    test = test or {min(sizes, key=sizes.get)}
+    count = sum(sizes[area] for area in test)
+    share = f"{count:,} of {len(rows):,} images ({count / len(rows):.0%})"
+    asked = f"{args.test_share:.0%} asked for, of {len(sizes):,} areas"
+    print(f"no {args.split_column}: {share} drawn for the test split, seed {args.seed} ({asked})")
+    return test
+
+
+def deal(rows: list[Row], args: argparse.Namespace) -> list[Row]:
+    """Each row with its split: as its column says, else drawn; "" where it has a problem."""
+    said = [str(row.values.get(args.split_column, "")).strip().lower() for row in rows]
+    test_names = {"test", "testing"} & set(said) or {"val", "valid", "validation", "dev"}
+    undealt = [row for row, name in zip(rows, said) if not name and not row.problem]
+    test_areas, dealt = draw_areas(undealt, args) if undealt else (), []
+    for row, name in zip(rows, said):
+        split = f"rows of split {name!r}"
+        if name in test_names or (not name and area_of(row, args) in test_areas):
+            split = "test"
+        elif name in ("", "train", "training"):
+            split = "train"
+        dealt.append(row._replace(split="" if row.problem else split))
+    for split in ("train", "test"):
+        if not any(row.split == split for row in dealt):
+            found = ", ".join(sorted(set(said)))
+            why = f"{args.split_column} says {found}" if found else "all images are of one area"
+            raise BadInput(f"no row for {split}: {why}")
+    return dealt

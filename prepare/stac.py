@@ -1,14 +1,12 @@
 """A folder of STAC items (SpatioTemporal Asset Catalog, JSON) -> rows of a table."""
 
-import json
 import os
 from collections import Counter
 from pathlib import Path
+from urllib.parse import unquote
 
 from prepare.sources import list_files
-from prepare.tables import Row, printable
-
-IMAGES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".jp2", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
+from prepare.tables import IMAGES, Row, load_json, printable, read_text
 
 
 def points(coordinates: list) -> list[list[float]]:
@@ -22,84 +20,73 @@ def centre(item: dict) -> list[float] | None:
     """Longitude and latitude of the middle of the geometry, else of the box.
 
     A box whose west is larger than its east crosses the 180th meridian (RFC 7946, 5.2). A geometry
-    there has parts on both sides of it, or one part that seems to go around the Earth."""
+    there has points near both ends: it is narrower with longitudes from 0 to 360."""
     geometry, box = item.get("geometry") or {}, item.get("bbox")
-    parts = [part.get("coordinates") for part in geometry.get("geometries", [geometry])]
-    if geometry.get("type") == "MultiPolygon":
-        parts = geometry["coordinates"]
-    spans, latitudes = [], []
-    for corners in [points(part) for part in parts if part]:
+    parts = geometry.get("geometries", [geometry])
+    corners = points([part.get("coordinates") or [] for part in parts])
+    if corners:
         longitudes = [point[0] for point in corners]
-        if 180 < max(longitudes) - min(longitudes) < 360:
-            longitudes = [longitude % 360 for longitude in longitudes]
-        spans.append((min(longitudes), max(longitudes)))
-        latitudes += [point[1] for point in corners]
-    if not spans and box:
+        latitudes = [point[1] for point in corners]
+        turned = [longitude % 360 for longitude in longitudes]
+        wide = max(longitudes) - min(longitudes) > 180
+        if wide and 0 < max(turned) - min(turned) < 180:  # 0: all the Earth, -180 to 180
+            longitudes = turned
+    elif box:
         west, south = box[:2]
         east, north = box[len(box) // 2 : len(box) // 2 + 2]  # with heights there are six numbers
-        spans, latitudes = [(west, east + 360 * (west > east))], [south, north]
-    if not spans:
+        longitudes, latitudes = [west, east + 360 * (west > east)], [south, north]
+    else:
         return None
-    turned = [(west + 360 * (west < 0), east + 360 * (west < 0)) for west, east in spans]
-    west, east = min(extent(spans), extent(turned), key=lambda both: both[1] - both[0])
-    longitude = (west + east) / 2
+    longitude = (min(longitudes) + max(longitudes)) / 2
     longitude -= 360 * (longitude > 180)
     return [round(longitude, 9), round((min(latitudes) + max(latitudes)) / 2, 9)]
 
 
-def extent(spans: list[tuple[float, float]]) -> tuple[float, float]:
-    return min(west for west, _ in spans), max(east for _, east in spans)
-
-
-def band_names(asset: dict) -> set[str]:
-    """What an asset's bands are: red, green, blue, nir, ..."""
-    names = set()
-    for band in [*asset.get("eo:bands", []), *asset.get("bands", [])]:
-        names |= {band.get("common_name"), band.get("eo:common_name"), band.get("name")}
-    return names
-
-
 def rank(key: str, asset: dict, data_alone: bool) -> int:
-    """How well an asset stands for its item, 0 best; from 7 on only where nothing else is there."""
-    roles = asset.get("roles") or []
-    if "visual" in roles or key == "visual":
+    """How well an asset stands for its item, 0 best; 7 only where nothing else is there."""
+    roles, bands = {key, *(asset.get("roles") or [])}, set()
+    for band in [*asset.get("eo:bands", []), *asset.get("bands", [])]:
+        bands |= {band.get("common_name"), band.get("eo:common_name"), band.get("name")}
+    if "visual" in roles:
         return 0
-    if {"thumbnail", "metadata"} & {key, *roles} or "preview" in key:
+    if {"thumbnail", "metadata"} & roles or "preview" in key:
         return 7
-    if "data" in roles and {"red", "green", "blue"} <= band_names(asset):
+    if "data" in roles and {"red", "green", "blue"} <= bands:
         return 2
-    if data_alone and "data" in roles:
+    if "data" in roles and data_alone:
         return 3
-    if "overview" in roles or key == "overview":
+    if "overview" in roles:
         return 4
-    return 5 if not roles else 6
+    return 5 if roles == {key} else 6
 
 
 def choose_asset(item: dict, path: Path, wanted: str) -> tuple[str, dict, Path] | None:
     """-> the asset that shows the item (its key, itself, its file), or the image beside the item's
     file that has its name; None when none of them is here."""
     assets, found = item.get("assets") or {}, []
-    data = [key for key, asset in assets.items() if "data" in (asset.get("roles") or [])]
+    data_alone = sum("data" in (asset.get("roles") or []) for asset in assets.values()) == 1
     for key, asset in assets.items():
-        file = Path(os.path.abspath(path.parent / str(asset.get("href"))))
-        if file.suffix.lower() in IMAGES and file.is_file() and wanted in ("", key):
-            found.append((rank(key, asset, len(data) == 1), key, asset, file))
+        href = str(asset.get("href")).removeprefix("file://")
+        for name in (href, unquote(href)):  # %20 is a blank
+            file = Path(os.path.abspath(path.parent / name))
+            if file.suffix.lower() in IMAGES and file.is_file() and wanted in ("", key):
+                found.append((rank(key, asset, data_alone), key, asset, file))
     for suffix in IMAGES:
-        for name in (path.stem + suffix, path.stem + suffix.upper()):
-            if not wanted and path.with_name(name).is_file():
-                found.append((1, "beside its item", {}, path.with_name(name)))
+        for file in (path.with_suffix(suffix), path.with_suffix(suffix.upper())):
+            if not wanted and file.is_file():
+                found.append((1, "beside its item", {}, file))
     if not found:
         return None
-    _, key, asset, file = min(found, key=lambda one: one[0])
-    return key, asset, file
+    return min(found, key=lambda one: one[0])[1:]
 
 
 def item_row(item: dict, path: Path, wanted: str, chosen: Counter) -> Row:
     asset = choose_asset(item, path, wanted)
     if asset is None:
-        hrefs = [str(a.get("href")) for a in (item.get("assets") or {}).values()]
-        what = f"no image of it is here; its assets: {printable(', '.join(hrefs) or 'none')}"
-        return Row(str(path), {}, f"{path}: {what}")
+        assets = (item.get("assets") or {}).items()
+        there = ", ".join(f"{key} ({about.get('href')})" for key, about in assets) or "none"
+        what = f"no image file of {wanted or 'it'} is here; its assets: {there}"
+        return Row(str(path), {}, f"{path}: {printable(what, 300)}")
     key, about, file = asset
     chosen[key] += 1
     values = {**item["properties"], "file_name": os.path.abspath(file)}
@@ -118,11 +105,11 @@ def read_items(folder: Path, wanted: str = "") -> list[Row]:
     rows, chosen = [], Counter()
     for path in list_files(folder, ".json", ".geojson"):
         try:
-            content = json.loads(path.read_bytes())
+            content = load_json(read_text(path), str(path))
             for item in content.get("features", [content]):
                 if item.get("type") == "Feature":
                     rows.append(item_row(item, path, wanted, chosen))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             rows.append(Row(str(path), {}, f"{path}: not a STAC item"))
     for key, count in chosen.most_common():
         print(f"asset {printable(key)}: {count:,}")

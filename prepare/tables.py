@@ -1,123 +1,119 @@
 """Tables: read from CSV or JSON, printed in columns."""
 
 import csv
-import io
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
 from metadata import BadInput
 
+WAYS = (
+    'a table is CSV, JSON lines or a JSON array (pandas: to_json(orient="records"); '
+    "GeoJSON: save it as CSV)"
+)
 LONGEST_CELL = 1 << 20  # characters: a coastline as text has 150,000
+IMAGES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".jp2", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
 
 
 class Row(NamedTuple):
-    """A row of a table, as it was written."""
+    """A row of a table."""
 
     where: str  # file and line
     values: dict
     problem: str = ""  # why it cannot be used
+    split: str = ""  # train, test, or why it is left out
 
     def __str__(self) -> str:
         return self.where
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, else BadInput with the line."""
-    content = path.read_bytes()
+    """The text of a file in UTF-8, line ends as \\n."""
     try:
-        text = content.decode("utf-8-sig")
-        bad = content.find(b"\0")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        bad = error.start
-    if bad < 0:
-        return text
-    line = content.count(b"\n", 0, bad) + 1
-    raise BadInput(f'{path}, line {line}: not UTF-8; save the table as "CSV UTF-8"')
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise BadInput(f'{path}, line {line}: not UTF-8; save it as "CSV UTF-8"') from None
 
 
 def read_csv(path: Path) -> Iterator[Row]:
     """Comma, semicolon or tab, as the header has it; a first line "sep=;" says it, too."""
     csv.field_size_limit(LONGEST_CELL)
-    lines = list(io.StringIO(read_text(path), newline=""))
-    skipped = 1 if lines and lines[0].lower().startswith("sep=") else 0
-    header = lines[skipped] if len(lines) > skipped else ""
-    delimiter = lines[0].strip()[4:] or "\t" if skipped else max(",;\t", key=header.count)
+    lines = [line + "\n" for line in read_text(path).split("\n")]
+    delimiter, skipped = max(",;\t", key=lines[0].count), 0
+    if re.match("sep=.", lines[0], re.I):
+        delimiter, skipped = lines[0][4], 1
     reader = csv.reader(lines[skipped:], delimiter=delimiter, strict=True)
-    names, cells = None, []
-    while cells is not None:
-        where = f"{path}, line {reader.line_num + skipped + 1}"
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            what = "a quotation mark within a cell, or after one"
-            if "end of data" in str(error):
-                what = "a quotation mark that is never closed"
-            if "limit" in str(error):
-                what = f"a cell of more than {LONGEST_CELL:,} characters, or an open quotation mark"
-            raise BadInput(f"{where}: {what}") from None
-        if names is None:
-            names = cells or []
-            for name in names:
-                if name and names.count(name) > 1:
-                    raise BadInput(f"{where}: two columns are called {name!r}")
-        elif cells:
-            for cell in cells:  # a stray quotation mark makes a cell of all rows up to the next
-                inner = cell.splitlines()[1:]
-                if inner and all(x.count(delimiter) == len(names) - 1 for x in inner[:-1] or inner):
-                    what = f"a cell of {len(inner) + 1} lines that look like rows"
-                    raise BadInput(f"{where}: {what}; is there a stray quotation mark?")
-            more = f"{where}: {len(cells)} values, more than the {len(names)} columns"
-            values = {name: cell for name, cell in zip(names, cells) if name}
-            yield Row(where, values, more if len(cells) > len(names) else "")
+    names, where = [], f"{path}, line {skipped + 1}"
+    try:
+        for cells in reader:
+            if not names:
+                names = cells
+                for name in names:
+                    if name and names.count(name) > 1:
+                        raise BadInput(f"{where}: two columns are called {name!r}")
+            elif cells:
+                for cell in cells:  # a stray quotation mark joins all rows up to the next one
+                    lines_in_cell = len(cell.splitlines())
+                    if lines_in_cell > 1 and any(ending in cell.lower() for ending in IMAGES):
+                        what = f"a cell of {lines_in_cell} lines with names of images"
+                        raise BadInput(f"{where}: {what}; is there a stray quotation mark?")
+                if len(cells) != len(names):
+                    raise BadInput(f"{where}: {len(cells)} cells for {len(names)} columns")
+                yield Row(where, {name: cell for name, cell in zip(names, cells) if name})
+            where = f"{path}, line {skipped + reader.line_num + 1}"
+    except csv.Error as error:
+        what = f"a quotation mark within a cell, or a cell of more than {LONGEST_CELL:,} characters"
+        if "end of data" in str(error):
+            what = "a quotation mark that is never closed"
+        raise BadInput(f"{where}: {what}") from None
 
 
-def read_object(text: str, where: str) -> dict:
-    """A JSON object; a key that comes twice is refused."""
+def load_json(text: str, where: str) -> object:
+    """JSON without a key that comes twice, and without half characters, which cannot be written."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise BadInput(f"{where}: {twice!r} comes twice")
-        return found
+        names = Counter(name for name, _ in pairs)
+        if len(names) < len(pairs):
+            raise BadInput(f"{where}: {names.most_common(1)[0][0]!r} comes twice")
+        return dict(pairs)
 
     try:
         found = json.loads(text, object_pairs_hook=unique)
+        json.dumps(found, ensure_ascii=False).encode()
+        return found
     except BadInput:
         raise
+    except UnicodeEncodeError:
+        raise BadInput(f"{where}: half a character (\\ud800 to \\udfff alone)") from None
     except (ValueError, RecursionError):
-        raise BadInput(f"{where}: not JSON; a table is CSV, JSON lines or a JSON array") from None
-    if not isinstance(found, dict):
-        raise BadInput(f"{where}: not a JSON object")
-    return found
+        raise BadInput(f"{where}: not JSON; {WAYS}") from None
 
 
 def read_table(path: Path) -> list[Row]:
     """CSV, JSON lines or an array of JSON objects, whatever the file's name is."""
     if not path.is_file():
-        raise BadInput(f"{path}: no such file; a table is CSV, JSON lines or a STAC folder")
+        raise BadInput(f"{path}: no such file; {WAYS}")
     text, rows = read_text(path), []
     if text.lstrip().startswith("["):
-        for i, entry in enumerate(read_object(f'{{"rows": {text}}}', str(path))["rows"], 1):
-            values, problem = entry, ""
-            if not isinstance(entry, dict):
-                values, problem = {}, f"{path}, entry {i}: not a JSON object"
-            rows.append(Row(f"{path}, entry {i}", values, problem))
+        for i, entry in enumerate(load_json(text, str(path)), 1):
+            rows.append(Row(f"{path}, entry {i}", entry))
     elif text.lstrip().startswith("{"):
         for i, line in enumerate(text.split("\n"), 1):
-            where, values, problem = f"{path}, line {i}", {}, ""
-            try:
-                values = read_object(line, where) if line.strip() else {}
-            except BadInput as error:
-                problem = str(error)
-            if values or problem:
-                rows.append(Row(where, values, problem))
+            where = f"{path}, line {i}"
+            if line.strip():
+                rows.append(Row(where, load_json(line, where)))
+        if len(rows) == 1:
+            raise BadInput(f"{path}: one JSON object; {WAYS}")
     else:
         rows = list(read_csv(path))
-    if not any(row.values for row in rows):
-        raise BadInput(rows[0].problem if rows else f"{path}: no rows")
+    for row in rows:
+        if not isinstance(row.values, dict):
+            raise BadInput(f"{row}: not a JSON object")
+    if not rows:
+        raise BadInput(f"{path}: no rows")
     return rows
 
 

@@ -226,10 +226,12 @@ DATES = {
     "20150921": "2015-09-21", 20150921: "2015-09-21", "20150921.0": "2015-09-21",
     1442849408000: "2015-09-21T15:30:08Z", 1442849408: "2015-09-21T15:30:08Z",
     "1442849408000.0": "2015-09-21T15:30:08Z",
-    "2015-09-21 10:11:12 UTC": "2015-09-21T10:11:12Z", "2015/9/1 9:30": "2015-09-01T09:30",
-    "9/21/2015 3:30:08 PM": "2015-09-21T15:30:08", "21/9/2015 12:05 am": "2015-09-21T00:05",
-    "21 Sep 2015": "2015-09-21", "September 21, 2015 10:00": "2015-09-21T10:00",
-    "Mon, 21 Sep 2015 15:30:08 GMT": "2015-09-21T15:30:08Z", "05.05.2015": "2015-05-05",
+    "2015/09/21 10:11:12 UTC": "2015-09-21T10:11:12Z", "2015/9/1 9:30": "2015-09-01T09:30:00",
+    "9/21/2015 3:30:08 PM": "2015-09-21T15:30:08", "21/9/2015 12:05 am": "2015-09-21T00:05:00",
+    "21 Sep 2015": "2015-09-21", "September 21, 2015 10:00": "2015-09-21T10:00:00",
+    "20170601_101031": "2017-06-01T10:10:31", "20170601101031": "2017-06-01T10:10:31",
+    "2015.9.21 1:02:03.5 +0200": "2015-09-21T01:02:03.500000+02:00", "05.05.2015": "2015-05-05",
+    "9/21/2015 25:00": None,
     "03/04/2015": None, "31/31/2015": None, "2015-13-01": None, "page 1\nof 2": None, "abc": None,
     "123456": None, True: None, 12.5: None, "next week 5": None, "1 Smarch 2015": None,
 }  # fmt: skip
@@ -245,8 +247,9 @@ def test_dates_of_other_programs(value):
 
 def test_dates_as_the_user_says():
     assert parse_date("03/04/2015", "day-first") == "2015-04-03"
-    assert parse_date("03/04/2015 10:00", "month-first") == "2015-03-04T10:00"
+    assert parse_date("03/04/2015 10:00", "month-first") == "2015-03-04T10:00:00"
     assert parse_date("03.04.15", "%d.%m.%y") == "2015-04-03", "its hour is not known"
+    assert parse_date("2015-09-21", "%d.%m.%y") is None
     assert parse_date("15h03.04.15", "%Hh%d.%m.%y") == "2015-04-03T15:00:00"
 
 
@@ -271,6 +274,9 @@ def test_values_become_what_metadata_reads():
     category = metadata.Field("site", "category")
     found = [plain_value(v, category) for v in (1.0, "1.0", "1", 1, True, ["a"], {"a": 1}, "1.5")]
     assert found == ["1", "1", "1", "1", "true", None, None, "1.5"]
+    for text in ("['a', 'b']", "['a' 'b']", "('a', 'b')", "{'a': 1}", "[1, 2]", '["a"]'):
+        assert plain_value(text, category) is None, text
+    assert plain_value("[other]", category) == "[other]" and plain_value("(b, c)", category)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -294,14 +300,21 @@ def test_tables_by_any_name(tmp_path):
 
 @pytest.mark.parametrize("content, needle", [
     ("a,b\nx,Häfen\n".encode("latin-1"), "t, line 2: not UTF-8"),
-    ("a,b\nx,y\n".encode("utf-16"), "t, line 1: not UTF-8"), (b"a,b\0\n", "t, line 1: not UTF-8"),
+    ("a,b\nx,y\n".encode("utf-16"), "t, line 1: not UTF-8"),
     (b'a,b,c\n1,2,3\n4,"5,6\n7,8,9\n', "t, line 3: a quotation mark that is never closed"),
-    (b'a,b,c\n1,"2,3\n4,5,6\n7,8"\n', "t, line 2: a cell of 3 lines that look like rows"),
+    (b'a,b,c\n1.png,"2,3\n4.png,5",6\n', "t, line 2: a cell of 2 lines with names of images"),
+    (b'a,b,c\n1.PNG,2,"3\n4.PNG,5,6\n7.PNG,8,9"\n', "t, line 2: a cell of 3 lines with names of"),
+    (b"a,b,c\n1,2,3\n4,5\n", "t, line 3: 2 cells for 3 columns"),
+    (b"a,b\n1,2\n4,5,6\n", "t, line 3: 3 cells for 2 columns"),
     (b'a,b\n1,"2"3\n', "t, line 2: a quotation mark within a cell"),
     (b"gsd,a,gsd\n1,2,3\n", "two columns are called 'gsd'"), (b"", "t: no rows"),
-    (b"a,b\n1," + b"x" * 2**20 + b"x\n", "t, line 2: a cell of more than"),
+    (b"a,b\n1," + b"x" * 2**20 + b"x\n", "or a cell of more than 1,048,576 characters"),
     (b'{"a": 1, "a": 2}', "t, line 1: 'a' comes twice"), (b"[1]", "t, entry 1: not a JSON object"),
     (b"{a: 1}", "t, line 1: not JSON; a table is CSV"),
+    (b'{"a": 1}\n{"a": "\\ud83d"}', "t, line 2: half a character"),
+    (b'{"a": {"0": 1, "1": 2}, "b": {"0": 3, "1": 4}}', 't: one JSON object; a table is CSV'),
+    (b'{"type": "FeatureCollection", "features": []}', "GeoJSON: save it as CSV"),
+    (b'{\n "type": "FeatureCollection",\n "features": []\n}', "GeoJSON: save it as CSV"),
 ])  # fmt: skip
 def test_tables_that_would_be_read_wrong(content, needle, tmp_path):
     (tmp_path / "t").write_bytes(content)
@@ -310,13 +323,12 @@ def test_tables_that_would_be_read_wrong(content, needle, tmp_path):
     assert needle in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_long_cells_and_wrong_rows(tmp_path):
+def test_long_cells_and_cells_of_several_lines(tmp_path):
     coast = "POLYGON ((" + "10.000001 50.000001, " * 8000 + "))"
-    text = f'a,b\n1,"{coast}"\n2,y,3\n"two\nlines",z\n'
+    text = f'a,b\n1,"{coast}"\n"two\nlines, yes",z\n'
     (tmp_path / "t.csv").write_text(text)
     rows = read_table(tmp_path / "t.csv")
-    assert rows[0].values["b"] == coast and rows[2].values == {"a": "two\nlines", "b": "z"}
-    assert rows[1].problem == f"{tmp_path}/t.csv, line 3: 3 values, more than the 2 columns"
+    assert rows[0].values["b"] == coast and rows[1].values == {"a": "two\nlines, yes", "b": "z"}
     assert printable("a\n\x1b[31m" + "b" * 90) == "a\\x0a\\x1b[31m" + "b" * 44 + "..."
 
 
@@ -361,15 +373,16 @@ def test_which_asset_is_the_image(tmp_path, capsys):
     ranks = [rank("key", asset, False) for asset in order]
     assert ranks == sorted(ranks) and len(set(ranks)) == 6
     assert rank("key", {"roles": ["data"]}, True) < rank("key", {"roles": ["overview"]}, False)
-    names = ("a/AOT.png", "a/preview.jpg", "a/TCI.png", "b/thumb.png", "c.png", "d/B04.png")
+    names = ("a/AOT.png", "a/preview.jpg", "a/TCI a.png", "b/thumb.png", "c.png", "d/B04.png")
     own_images(tmp_path, *names)
     data, thumbnail = {"href": "./AOT.png", "roles": ["data"]}, {"roles": ["thumbnail"]}
     far = {"href": "https://x/y.tif"}
     items = {
         "a/a": {"aot": data, "thumbnail": thumbnail | {"href": "preview.jpg"},
-                "visual": {"href": "./TCI.png", "gsd": 10}},
+                "visual": {"href": "./TCI%20a.png", "gsd": 10}},
         "b/b": {"thumbnail": thumbnail | {"href": "thumb.png"}, "visual": far},
-        "c": {}, "d/d": {"B04": {"href": "B04.png", "roles": ["data"]}}, "e": {"visual": far},
+        "c": {}, "e": {"visual": far},
+        "d/d": {"B04": {"href": f"file://{tmp_path}/d/B04.png", "roles": ["data"]}},
     }  # fmt: skip
     for name, assets in items.items():
         about = {"datetime": "2017-12-01T14:00:00Z", "gsd": 60, "instruments": ["msi"]}
@@ -380,21 +393,25 @@ def test_which_asset_is_the_image(tmp_path, capsys):
     (tmp_path / "._a.json").write_text("macOS")
     found = run_own(tmp_path, tmp_path, tmp_path / "out", "--test-share", 0.5)
     rows = {row["file_name"]: row for row in found["train"] + found["test"]}
-    assert rows.keys() == {"a/TCI.png", "b/thumb.png", "c.png", "d/B04.png"}
-    assert rows["a/TCI.png"] == {
-        "file_name": "a/TCI.png", "timestamp": "2017-12-01T14:00:00Z", "gsd": 10, "location": [2, 3]
+    assert rows.keys() == {"a/TCI a.png", "b/thumb.png", "c.png", "d/B04.png"}
+    assert rows["a/TCI a.png"] == {
+        "file_name": "a/TCI a.png", "timestamp": "2017-12-01T14:00:00Z", "gsd": 10,
+        "location": [2, 3],
     }  # fmt: skip
     out = capsys.readouterr().out
     assert "asset visual: 1" in out and "asset thumbnail: 1" in out and "macOS" in out
-    assert "datetime -> timestamp" in out and "left out: 1 different" in out
+    assert "datetime -> timestamp" in out and "left out; 1 different" in out
     assert choose_fields(tmp_path / "out", "all") == tuple(
         FIELDS[name] for name in ("timestamp", "gsd", "location"))  # fmt: skip
     problems = [entry["problem"] for entry in found["quarantine"]]
     assert problems == [
-        f"{tmp_path}/broken.json: no image of it is here; its assets: none",
-        f"{tmp_path}/e.json: no image of it is here; its assets: https://x/y.tif",
+        f"{tmp_path}/broken.json: no image file of it is here; its assets: none",
+        f"{tmp_path}/e.json: no image file of it is here; its assets: visual (https://x/y.tif)",
     ]
-    for wrong in ("{", "[1]", '{"features": 5}'):
+    line = one_line(own.main, tmp_path, tmp_path, tmp_path / "x", "--asset", "nope")
+    assert "no image file of nope is here; its assets: aot (./AOT.png), thumbnail (pre" in line
+    bad_points = json.dumps(item | {"geometry": {"coordinates": ["x"]}, "assets": items["a/a"]})
+    for wrong in ("{", "[1]", '{"features": 5}', bad_points.replace("./", "a/")):
         (tmp_path / "broken.json").write_text(wrong)
         assert any("broken.json: not a STAC item" in row.problem for row in read_items(tmp_path))
 
@@ -468,45 +485,36 @@ def test_kinds_of_columns():
     """What a column is taken for, by nine tenths of its values."""
     columns = {
         "height": (["1.5", 2, "3e3"], "number"), "count": ([1, 2, 3], "number"),
-        "bands": ([[1, 2.5], "[3 4]"], "list"), "site": (["a", "b", "7"], "category"),
+        "bands": ([[1, 2.5], "[3 4]"], "list of 2"), "site": (["a", "b", "7"], "category"),
         "acquired": (["20150921", "2015-09-22", 20150923], "timestamp"),
-        "year": ([2015, 2016], "number"),
+        "year": ([2015, 2016], "number"), "lengths": ([[1], [1, 2]], "category"),
         "id": ([f"x{i}" for i in range(50)], "skip"), "mixed": ([1] * 95 + ["bad"] * 5, "number"),
         "half": ([1, "bad"] * 5, "category"), "several": ([["a"], ["b"]], "skip"),
+        "text of several": (["['a', 'b']", "['a']"] * 5, "skip"),
         "stamp": ([1442849408000, 1442849409000], "number"),
     }  # fmt: skip
     for name, (values, kind) in columns.items():
-        assert fields.kind_of(values) == kind, name
-    assert fields.field_of("n", "number", ["1", 2.0]).style == "%.0f"
-    assert fields.field_of("n", "list", [[1, 2.5], "[3 4]"]).parts == ("1", "2")
+        assert fields.column_kind(values, "") == kind, name
+    assert fields.field_for("n", ["1", 2.0]).style == "%.0f"
+    assert fields.field_for("n", [[1, 2.5], "[3 4]"] * 9 + [[1, 2, 3]]).parts == ("1", "2")
 
 
 def test_the_table_of_fields_counts_what_can_be_read(tmp_path, capsys):
     """Of every column, the paper's included; an example of what cannot be read is printed."""
     argv = table_of(
         tmp_path, gsd=lambda i: "wide" if i % 4 == 0 else 0.5 + i, timestamp=lambda i: f"day {i}",
-        seen=lambda i: f"0{1 + i % 9}/04/2015", slope=lambda i: "n/a" if i % 2 else i,
+        seen=lambda i: f"0{1 + i % 9}/04/2015", us=lambda i: f"9/{1 + i}/2015",
+        slope=lambda i: "n/a" if i % 2 else i,
     )  # fmt: skip
     rows = run_own(*argv, tmp_path / "out")["train"]
     out = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "gsd list of 2 75% [1.5000, 1.5000] cannot be read: wide" in out
-    assert "timestamp - 0% left out, as no value can be read: day 0" in out
+    assert "timestamp - 0% left out; cannot be read: day 0" in out
     assert "slope number 50% 0" in out
-    assert any(line.startswith("seen ") and "--dates day-first or" in line for line in out)
+    for name in ("seen ", "us "):
+        assert any(line.startswith(name) and "--dates day-first or" in line for line in out)
     assert rows[1] == {"file_name": "1.png", "gsd": 1.5, "seen": "02/04/2015"}
     assert rows[2]["slope"] == 2 and choose_fields(tmp_path / "out", "")[0].name == "gsd"
-
-
-def test_fields_of_a_dataset_that_is_there(tmp_path, capsys):
-    """python -m prepare.fields: as its rows are, since nothing converts them any more."""
-    cells = {"site": lambda i: "ab"[i % 2], "height": lambda i: i, "day": lambda i: "2015-09-21"}
-    argv = table_of(tmp_path, **cells)
-    run_own(*argv, tmp_path / "out", "--types", "day=skip")
-    fields.main([str(tmp_path / "out"), "--types", "height=category"])
-    chosen = {f.name: f.kind for f in choose_fields(tmp_path / "out", "")}
-    assert chosen == {"site": "category", "height": "category"}
-    for types, needle in (("hight=number", "no column 'hight'"), ("site=text", "a kind is one of")):
-        assert needle in one_line(fields.main, tmp_path / "out", "--types", types)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -536,7 +544,7 @@ def test_places_in_two_columns(tmp_path):
     }
     rows = run_own(*table_of(tmp_path, **cells), tmp_path / "out")
     assert rows["train"][0]["location"] == [-2.174028, 41.403389]
-    skipped = run_own(*table_of(tmp_path, **cells), tmp_path / "x", "--types", "LAT=skip,Lon=skip")
+    skipped = run_own(*table_of(tmp_path, **cells), tmp_path / "x", "--types", "LAT=skip")
     assert set(skipped["train"][0]) == {"file_name"}
 
 
@@ -558,8 +566,8 @@ def test_of_two_columns_of_one_field_either_can_be_left_out(tmp_path):
 @pytest.mark.parametrize("columns, needle", [
     ({"timestamp": 1, "datetime": 2}, "columns timestamp and datetime mean timestamp"),
     ({"platform": 1, "sensor_platform": 2}, "columns platform and sensor_platform mean"),
-    ({"labels": ["a", "b"]}, "labels: a list of classes (a, b); scores need one class an image"),
-    ({"labels": "['a', 'b']"}, "labels: a list of classes (a, b)"),
+    ({"labels": ["a", "b"]}, "labels: a list of classes (['a', 'b']); scores need one class an i"),
+    ({"labels": "['a', 'b']"}, "line 1: labels: a list of classes (['a', 'b'])"),
     ({"labels": {"a": 1}}, "labels: a list of classes"),
 ])  # fmt: skip
 def test_tables_that_own_refuses(columns, needle, tmp_path):
@@ -576,6 +584,7 @@ def test_wrong_options_of_own(tmp_path):
     for options, needle in {
         "--range 3000 0": "--range 3000 0", "--range nan 1": "--range", "--size 0": "--size 0",
         "--test-share -1": "--test-share", "--test-share 1": "--test-share",
+        "--dates dayfirst": "--dates dayfirst: day-first, month-first",
         "--label kind": "no column 'kind'",
         "--types id=skip": "no column 'id'; there are file_name, split, platform",
         "--types platform=text": "a kind is one of", "--path-column q": "no column 'q'",
@@ -608,8 +617,7 @@ def test_names_are_found_where_people_have_them(tmp_path):
     assert found["test"] == [{"file_name": "b/4.png"}]
     assert [q["problem"].partition(": ")[0] for q in found["quarantine"]] == [
         f"{tmp_path}/own/t.csv, line {i}" for i in (8, 9, 10)]  # fmt: skip
-    assert "is no file under" in found["quarantine"][0]["problem"]
-    assert "no such image" in found["quarantine"][2]["problem"]
+    assert "file '../outside.png': no such file under" in found["quarantine"][0]["problem"]
 
 
 def test_dates_option_serves_every_column(tmp_path):
@@ -655,7 +663,7 @@ def test_labels_areas_and_splits(tmp_path, capsys):
     again = run_own(*argv, tmp_path / "c", *options[:4], "--types", "fold=skip", "--seed", "1")
     assert {r["area"] for r in rows["test"]} != {r["area"] for r in again["test"]}
     half = run_own(*argv, tmp_path / "d", "--area", "platform", "--types", "fold=skip")
-    assert len(half["test"]) == 30 and "20% were asked for" in capsys.readouterr().out
+    assert len(half["test"]) == 30 and "(20% asked for, of 2 areas)" in capsys.readouterr().out
     text = text.replace("train", "val").replace("test", "train").replace("fold", "split")
     argv[0].write_text(text)
     rows = run_own(*argv, tmp_path / "e")
@@ -663,13 +671,17 @@ def test_labels_areas_and_splits(tmp_path, capsys):
 
 
 def test_a_class_that_only_the_test_split_has(tmp_path, capsys):
-    argv = table_of(tmp_path, label=lambda i: "none" if i == 23 else 1 if i < 20 else 1.0)
+    labels = [""] * 3 + [1] * 17 + [1.0] * 3 + ["none"]
+    argv = table_of(tmp_path, label=lambda i: labels[i])
     rows = run_own(*argv, tmp_path / "out")
     assert [row["label"] for row in rows["test"]] == ["1", "1", "1", "none"]
-    assert "label: no training image of none, which the test split has" in capsys.readouterr().out
+    assert "label" not in rows["train"][2] and rows["train"][3]["label"] == "1"
+    out = capsys.readouterr().out
+    assert "label: no training image of none, which the test split has" in out
+    assert "label: 3 of 24 rows have no class" in out
 
 
-def test_the_ground_sample_distance_follows_the_image(tmp_path):
+def test_the_ground_sample_distance_follows_the_image(tmp_path, capsys):
     """--size: x by width before / width after, y by height, as in fMoW's crops (supplement A)."""
     table, images = table_of(
         tmp_path, 8, "table.jsonl", gsd=lambda i: 0.5, multispectral_gsd=lambda i: 2.0,
@@ -681,6 +693,8 @@ def test_the_ground_sample_distance_follows_the_image(tmp_path):
         "file_name": "1.png", "gsd": [2.0, 2.0], "multispectral_gsd": 8.0,
         "pixel_size": pytest.approx([1.6e-5, 2e-5]), "off_nadir_angle": 12.5,
     }  # fmt: skip
+    out = capsys.readouterr().out
+    assert "--size 100 changes gsd, pixel_size, multispectral_gsd of each image" in out
     assert Image.open(tmp_path / "out/train/1.png").size == (100, 75)
     assert (tmp_path / "out/train/0.png").read_bytes() == (images / "0.png").read_bytes()
 

@@ -4,45 +4,29 @@ Dates of cameras, databases and spreadsheets become ISO 8601, degrees and minute
 NumPy, tuples, WKT and PostgreSQL print them lists. Only what can mean one thing alone is read.
 """
 
+import contextlib
 import re
 from datetime import datetime, timezone
 
 from data import class_name
 from metadata import Field, format_value, parse_number, parse_timestamp
 
-ZONE = r"(Z|[+-]\d\d(?::?\d\d)?)?"  # PostgreSQL writes +02
-ISO = re.compile(
-    r"\d{4}(-\d\d(-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?)?)?)?", re.ASCII
-)
-CLOCK = re.compile(r"[T ,]+(\d\d?):(\d\d)(:\d\d(?:\.\d+)?)? ?([AP]M)? ?" + ZONE, re.I)
-COMPACT = re.compile(r"(\d{8})[T ]?(\d\d)(\d\d)(\d\d(?:\.\d+)?)?" + ZONE)
-LIST = re.compile(r"(?:SRID=\d+;)?(?:POINT|array)?\s*[\[({](.*)[\])}]", re.S)
+ISO = re.compile(r"\d{4}(-\d\d(-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?)?)?)?")
+BASIC = re.compile(r"(\d{8})(?:\D?(\d{4}\S*))?")  # Sentinel-2's 20170601T101031
+DAYS = ("%Y-%m-%d", "%d-%b-%Y", "%d-%B-%Y", "%b-%d-%Y", "%B-%d-%Y")
+ORDERS = {"day-first": ("%d-%m-%Y",), "month-first": ("%m-%d-%Y",), "": ("%d-%m-%Y", "%m-%d-%Y")}
+CLOCK = re.compile(r"[T ,]+(\d\d?)(:\d\d[\d:.]*) ?([AP]M)? ?(Z|[+-][\d:]+)?$", re.I)
+LIST = re.compile(r"(?:POINT|array)?\s*[\[({](.*)[\])}]", re.S)
 DEGREES = re.compile(r"([NSEW]?)\s*(-?)([\d.\s°º˚'’′\"”″:]+)([NSEW]?)")
-MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 
 
 def parse_day(text: str, dates: str) -> str | None:
     """A day as people write it -> 2015-09-21, or None where it may be two days."""
-    year_first = re.fullmatch(r"(\d{4})([-/.: ])(\d\d?)\2(\d\d?)|(\d{4})(\d\d)(\d\d)", text)
-    year_last = re.fullmatch(r"(\d\d?)([-/. ])(\d\d?)\2(\d{4})", text)
-    words = re.fullmatch(r"(\d\d?)[-/. ]*([a-z]{3,9})[-/., ]*(\d{4})", text, re.I)
-    month_word = re.fullmatch(r"([a-z]{3,9})[-/. ]*(\d\d?),? +(\d{4})", text, re.I)
-    if year_first:
-        year, month, day = [int(n) for n in year_first.groups() if n and n.isdigit()]
-    elif year_last:
-        day, month, year = int(year_last[1]), int(year_last[3]), int(year_last[4])
-        if dates == "month-first" or (not dates and month > 12):
-            day, month = month, day
-        elif not dates and day <= 12 and day != month:
-            return None
-    elif words or month_word:
-        day, name, year = words.groups() if words else (month_word[2], month_word[1], month_word[3])
-        if name[:3].lower() not in MONTHS:
-            return None
-        month = MONTHS.index(name[:3].lower()) + 1
-    else:
-        return None
-    return f"{int(year)}-{month:02d}-{int(day):02d}"
+    text, days = re.sub("[-/.:, ]+", "-", text), set()
+    for form in DAYS + ORDERS[dates]:
+        with contextlib.suppress(ValueError):
+            days.add(datetime.strptime(text, form).date().isoformat())
+    return days.pop() if len(days) == 1 else None
 
 
 def parse_date(value: object, dates: str = "") -> str | None:
@@ -50,38 +34,30 @@ def parse_date(value: object, dates: str = "") -> str | None:
     comes back as it is: the poster prints it raw.
 
     dates: "day-first" or "month-first" for 03/04/2015, or a format of strptime."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        return None
     text = re.sub(r"^(\d{8,})\.0$", r"\1", str(value).strip())  # pandas, where others are missing
+    text = re.sub(r" ?(UTC|GMT)$", "Z", text)
+    timed, basic, clock = True, BASIC.fullmatch(text), CLOCK.search(text)
     try:
         if "%" in dates:
-            moment = datetime.strptime(text, dates)
-            hours = re.search("%[HIcXT]", dates)  # else the hour is unknown, not 0
-            return moment.isoformat() if hours else moment.date().isoformat()
-        if re.fullmatch(r"\d{9,10}|\d{12,13}", text):  # since 1970
+            moment, timed = datetime.strptime(text, dates), re.search("%[HIcXT]", dates)
+        elif ISO.fullmatch(text):
+            return text if parse_timestamp(text) else None
+        elif re.fullmatch(r"\d{9,10}|\d{12,13}", text):  # seconds or milliseconds since 1970
             seconds = int(text) / (1000 if len(text) > 10 else 1)
-            iso = datetime.fromtimestamp(seconds, timezone.utc).isoformat()
-            return iso.replace("+00:00", "Z")
+            moment = datetime.fromtimestamp(seconds, timezone.utc)
+        elif basic:
+            timed = basic[2]
+            moment = datetime.fromisoformat(f"{basic[1]}T{timed or '00'}")
+        elif clock:
+            day, (hour, rest, half, zone) = text[: clock.start()], clock.groups("")
+            hour = int(hour) % 12 + 12 * (half.upper() == "PM") if half else int(hour)
+            text = f"{parse_day(day, dates)}T{hour:02d}{rest}{zone}"
+            moment = datetime.fromisoformat(text)
+        else:
+            return parse_day(text, dates)
     except ValueError:
         return None
-    if ISO.fullmatch(text):
-        return text if parse_timestamp(text) else None
-    text = re.sub(r"^(mon|tue|wed|thu|fri|sat|sun)[a-z]*,? +", "", text, flags=re.I)
-    text = re.sub(r" ?(UTC|GMT)$", "Z", text)
-    compact = COMPACT.fullmatch(text)
-    if compact:
-        day, hour, minute, second, zone = compact.groups()
-        text = f"{day}T{hour}:{minute}{':' + second if second else ''}{zone or ''}"
-    clock = CLOCK.search(text)
-    if clock and clock.end() < len(text):
-        return None
-    day = parse_day(text[: clock.start()] if clock else text, dates)
-    if day and clock:
-        hour, minute, second, half, zone = clock.groups()
-        hour = int(hour) % 12 + 12 * (half.upper() == "PM") if half else int(hour)
-        zone = f"{zone}:00" if zone and len(zone) == 3 else zone or ""
-        day = f"{day}T{hour:02d}:{minute}{second or ''}{zone}"
-    return day if day and parse_timestamp(day) else None
+    return moment.isoformat().replace("+00:00", "Z") if timed else moment.date().isoformat()
 
 
 def plain_number(value: object) -> int | float | None:
@@ -90,9 +66,8 @@ def plain_number(value: object) -> int | float | None:
     if comma and (len(comma[2]) != 3 or int(comma[1]) == 0):
         value = f"{comma[1]}.{comma[2]}"
     number = parse_number(value, Field("", "number"))
-    if number is not None and re.fullmatch(r"[-+]?\d{1,15}", str(value).strip()):
-        return int(value)
-    return number
+    whole = number is not None and re.fullmatch(r"[-+]?\d{1,15}", str(value).strip())
+    return int(value) if whole else number
 
 
 def plain_list(value: object) -> list | None:
@@ -104,6 +79,12 @@ def plain_list(value: object) -> list | None:
         return None
     numbers = [plain_number(v) for v in value]
     return None if None in numbers else numbers
+
+
+def several(value: object) -> bool:
+    """A list or an object, also as its text; "(other)" and "[other]" are names."""
+    shape = re.compile(r"[\[({]['\"].*|[\[{].*[,:].*[\]}]", re.S)
+    return isinstance(value, (list, dict)) or bool(shape.fullmatch(str(value).strip()))
 
 
 def degrees(value: object) -> float | None:
@@ -120,20 +101,26 @@ def degrees(value: object) -> float | None:
     return round(-number if sign or before + after in ("S", "W") else number, 6)
 
 
+def plain_place(value: object) -> list[float] | None:
+    """Longitude and latitude; longitudes from 180 to 360 become -180 to 0."""
+    pair = value if isinstance(value, list) else plain_list(value) or ()
+    place = [degrees(part) for part in pair]
+    if len(place) == 2 and None not in place and 180 < place[0] <= 360:
+        place[0] = round(place[0] - 360, 9)
+    return place
+
+
 def plain_value(value: object, field: Field, dates: str = "") -> object:
     """A value as metadata.py reads it, or None where it cannot be read."""
     if field.kind == "timestamp":
         plain = parse_date(value, dates)
     elif field.kind == "category":
-        plain = None if isinstance(value, (list, dict)) else class_name(value, field.name)
+        plain = None if several(value) else class_name(value, field.name)
         plain = plain.lower() if plain in ("True", "TRUE", "False", "FALSE") else plain
     elif field.parts == ("longitude", "latitude"):
-        pair = value if isinstance(value, list) else plain_list(value) or ()
-        plain = [degrees(v) for v in pair]
-        if len(plain) == 2 and None not in plain and 180 < plain[0] <= 360:
-            plain[0] = round(plain[0] - 360, 9)
+        plain = plain_place(value)
     elif field.parts:
         plain = plain_list(value) or plain_number(value)
     else:
         plain = plain_number(value)
-    return None if plain is None or format_value(plain, field) is None else plain
+    return None if format_value(plain, field) is None else plain
