@@ -4,40 +4,47 @@ import io
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_png
 
 from data import FORMATS, MAX_PIXELS, bits_per_sample, open_image
 from metadata import BadInput
-from prepare.loop import encode
+from prepare.sources import eight_bits, encode, need
 
 KEPT = ("JPEG", "MPO", "PNG")  # MPO: a camera's JPEG with a preview behind it
-DEEP = ("I;16", "I;16B", "I;16L", "I", "F")  # Pillow's modes of more than 8 bits, of one band
+ONE_BAND = ("I;16", "I;16B", "I;16L", "I", "F")  # Pillow's modes of more than 8 bits
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def pages_are_bands(image: Image.Image) -> bool:
+    """Whether a gray TIFF has further pages that are no smaller copies of the first."""
+    if image.format != "TIFF" or image.mode not in ("L", *ONE_BAND) or image.n_frames == 1:
+        return False
+    size = image.size
+    image.seek(1)
+    same = image.size == size
+    image.seek(0)
+    return same
+
+
+def check_size(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadInput(f"{path}: {width} x {height} px; {MAX_PIXELS:,} at most")
 
 
 def read_tiff(path: Path) -> np.ndarray:
     """A TIFF's pixels [h, w] or [h, w, bands], by tifffile, which reads what Pillow cannot."""
-    try:
-        import tifffile
-    except ImportError:
-        raise BadInput(f"{path}: a TIFF that Pillow cannot read: pip install tifffile") from None
+    tifffile, compression = need("tifffile", f"{path}: a TIFF that Pillow cannot read"), ""
     try:
         with tifffile.TiffFile(path) as file:
-            series = file.series[0]
-            compression = series.keyframe.compression
-            axes, frame = series.axes, series.keyframe
-            width, height = frame.imagewidth, frame.imagelength
-            if width * height > MAX_PIXELS:
-                raise BadInput(f"{path}: {width} x {height} px; {MAX_PIXELS:,} at most")
+            series, frame = file.series[0], file.series[0].keyframe
+            check_size(path, frame.imagewidth, frame.imagelength)
+            axes, compression = series.axes, frame.compression.name
             pixels = series.asarray()
     except BadInput:
         raise
     except Exception as error:  # tifffile has many kinds
         if "imagecodecs" in str(error):
-            name = getattr(compression, "name", compression)
-            raise BadInput(f"{path}: {name} compression: pip install imagecodecs") from None
+            need("imagecodecs", f"{path}: {compression} compression")
         raise BadInput(f"{path}: damaged, or no TIFF") from None
     if pixels.ndim == 3:  # bands first, last, or one a page: the file says which
         (bands,) = [axis for axis in range(3) if axes[axis] not in "YX"] or [2]
@@ -47,31 +54,28 @@ def read_tiff(path: Path) -> np.ndarray:
 
 def read_pixels(path: Path) -> np.ndarray:
     """Pixels as the file holds them, of any depth, [h, w] or [h, w, bands]."""
-    content, image = path.read_bytes(), None
+    content = path.read_bytes()
+    tiff = content[:4] in TIFF
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-        bits, pages = bits_per_sample(image, content), getattr(image, "n_frames", 1)
+        check_size(path, *image.size)
+        deep = bits_per_sample(image, content) > 8
+        if tiff and (pages_are_bands(image) or (deep and image.mode not in ONE_BAND)):
+            return read_tiff(path)
+        if deep and image.format == "JPEG2000":  # Pillow scales them to 8 or 16 bits
+            return need("imagecodecs", f"{path}: a deep JPEG 2000").jpeg2k_decode(content)
+        if deep and image.format == "PNG" and image.mode not in ONE_BAND:  # and these
+            return need("imagecodecs", f"{path}: a deep PNG").png_decode(content)
+        if deep and image.format == "PPM" and image.mode != "F":  # and these
+            pixels = np.frombuffer(content, ">u2", offset=image.tile[0].offset)
+            return pixels.reshape(image.height, image.width, -1)
+        return np.asarray(image if image.mode in ("L", *ONE_BAND) else image.convert("RGB"))
+    except BadInput:
+        raise
     except Exception:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-        if content[:4] not in TIFF:
-            raise BadInput(f"{path}: damaged, or no image") from None
-        return read_tiff(path)
-    if image.width * image.height > MAX_PIXELS:
-        raise BadInput(f"{path}: {image.width} x {image.height} px; {MAX_PIXELS:,} at most")
-    if content[:4] in TIFF and (pages > 1 or (bits > 8 and image.mode not in DEEP)):
-        return read_tiff(path)
-    if bits <= 8:
-        image = open_image(io.BytesIO(content), path)
-        return np.asarray(image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB"))
-    try:
-        if image.mode in DEEP:
-            return np.asarray(image)
-        if image.format == "PNG":
-            file = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            pixels = decode_png(file, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
-            return pixels[..., :1] if pixels.shape[2] == 2 else pixels  # gray and alpha
-    except (OSError, SyntaxError, RuntimeError):
+        if tiff:
+            return read_tiff(path)
         raise BadInput(f"{path}: damaged, or no image") from None
-    raise BadInput(f"{path}: {image.format} of {bits} bits a sample; make a TIFF or PNG of it")
 
 
 def three_bands(pixels: np.ndarray, path: Path, low: float, high: float) -> Image.Image:
@@ -80,27 +84,25 @@ def three_bands(pixels: np.ndarray, path: Path, low: float, high: float) -> Imag
     if pixels.ndim != 3 or pixels.shape[2] > 4:
         raise BadInput(f"{path}: shape {pixels.shape}; wanted are 1 to 4 bands, red, green, blue")
     pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1].repeat(3, 2)
-    pixels = (pixels.astype(np.float64) - low) * (255 / (high - low))
-    return Image.fromarray(np.rint(np.nan_to_num(pixels)).clip(0, 255).astype(np.uint8))
+    return eight_bits(pixels, low, high)
 
 
 def eight_bit_image(path: Path, limits: list[float] | None) -> Image.Image:
     """An image of one's own; without limits it has 8 bits, also where Pillow does not know it."""
     if limits:
         return three_bands(read_pixels(path), path, *limits)
-    content = path.read_bytes()
     try:
-        image = open_image(io.BytesIO(content), path)
+        image = open_image(path, path)
     except BadInput as refusal:
-        if content[:4] not in TIFF or "bits per sample" in str(refusal):
+        if "bits per sample" in str(refusal):
             raise
-        pixels = read_tiff(path)
-        bands = pixels.shape[2] if pixels.ndim == 3 else 1
-        if pixels.dtype != np.uint8 and bands <= 4:
-            what = f"{bands} bands of {pixels.dtype}; --range LOW HIGH makes 8 bits of them"
+        pixels = read_pixels(path)  # a TIFF that Pillow does not know
+        image = three_bands(pixels, path, 0, 255)
+        if pixels.dtype != np.uint8:
+            what = f"bands of {pixels.dtype}; --range LOW HIGH makes 8 bits of them"
             raise BadInput(f"{path}: {what}") from None
-        return three_bands(pixels, path, 0, 255)
-    if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1 and image.mode == "L":
+        return image
+    if pages_are_bands(image):
         raise BadInput(f"{path}: {image.n_frames} pages; --range 0 255 reads them as bands")
     return image
 

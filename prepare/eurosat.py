@@ -7,20 +7,15 @@ place, or else the JPEGs, which do not; and torchgeo's lists eurosat-train.txt a
 """
 
 import cmath
-import functools
 import math
 from pathlib import Path
 from typing import Iterator
 
-from PIL import Image
-
 from data import errors_in_one_line
 from metadata import BadInput
 from prepare import scenes
-from prepare.loop import Sample, arguments, encode, prepare
-from prepare.sources import (
-    REFLECTANCE, eight_bits, list_files, need, report, split_by_lists,
-)  # fmt: skip
+from prepare.loop import Sample, arguments
+from prepare.sources import REFLECTANCE, eight_bits, encode, list_files, need
 
 
 def utm_to_degrees(x: float, y: float, zone: int, north: bool) -> list[float]:
@@ -39,8 +34,8 @@ def utm_to_degrees(x: float, y: float, zone: int, north: bool) -> list[float]:
     return [math.degrees(longitude), math.degrees(latitude)]
 
 
-def read_geotiff(path: Path) -> tuple[Image.Image, dict]:
-    """A 13-band Sentinel-2 GeoTIFF in UTM -> RGB (bands 4, 3, 2), gsd and place of its centre."""
+def make(path: Path, splits: dict[Path, str]) -> Iterator[Sample]:
+    """A 13-band GeoTIFF in UTM -> RGB (bands 4, 3, 2), gsd and place of its centre."""
     tifffile = need("tifffile")
     try:
         with tifffile.TiffFile(path) as file:
@@ -53,36 +48,27 @@ def read_geotiff(path: Path) -> tuple[Image.Image, dict]:
     scale, tie, code = (tags.get(name) for name in names)
     if not scale or not tie or not 32601 <= int(code or 0) <= 32760:
         raise BadInput(f"{path}: georeference of EPSG {code}, not UTM (32601 to 32760)")
-    height, width = pixels.shape[:2]
-    x = tie[3] + (width / 2 - tie[0]) * scale[0]
-    y = tie[4] - (height / 2 - tie[1]) * scale[1]
-    place = utm_to_degrees(x, y, int(code) % 100, north=int(code) < 32700)
-    rgb = eight_bits(pixels[..., [3, 2, 1]], 1e4 * REFLECTANCE)
-    return rgb, {"gsd": [float(scale[0]), float(scale[1])], "location": place}
-
-
-def make(path: Path, splits: dict[Path, str]) -> Iterator[Sample]:
-    if path.suffix == ".jpg":
-        yield from scenes.make(path, splits)
-        return
-    image, record = read_geotiff(path)
-    name, label = f"{path.parent.name}/{path.stem}.png", path.parent.name
-    yield Sample(splits[path], {"file_name": name, "label": label, **record}, encode(image))
+    x = tie[3] + (pixels.shape[1] / 2 - tie[0]) * scale[0]
+    y = tie[4] - (pixels.shape[0] / 2 - tie[1]) * scale[1]
+    label = path.parent.name
+    record = {
+        "file_name": f"{label}/{path.stem}.png", "label": label, "gsd": list(map(float, scale[:2])),
+        "location": utm_to_degrees(x, y, int(code) % 100, north=int(code) < 32700),
+    }  # fmt: skip
+    rgb = eight_bits(pixels[..., [3, 2, 1]], 0, 1e4 * REFLECTANCE)
+    yield Sample(splits[path], record, encode(rgb))
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments("Prepare EuroSAT.").parse_args(argv)
     with errors_in_one_line():
         paths = list_files(args.source, ".tif", ".jpg")
-        geotiffs = [path for path in paths if path.suffix == ".tif"]
-        if geotiffs:
+        if any(path.suffix == ".tif" for path in paths):
             need("tifffile")
+            scenes.run("eurosat", ".tif", args, make)
         else:
             print("EuroSAT from JPEGs: no GSD, no place; the GeoTIFFs (EuroSATallBands) have both")
-        lists = {"eurosat-train.txt": "train", "eurosat-test.txt": "test"}
-        splits = split_by_lists(args.source, geotiffs or paths, lists)
-        prepare(args.folder, list(splits), functools.partial(make, splits=splits), args.jobs)
-        report(args.folder, "eurosat")
+            scenes.run("eurosat", ".jpg", args)
 
 
 if __name__ == "__main__":

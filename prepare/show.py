@@ -1,5 +1,5 @@
-"""Two pictures of a dataset: training images with their captions (Table S3), and how ground sample
-distance, time and place are distributed (Figures S1 to S3).
+"""Two pictures of a dataset: training images with their captions (Table S3), and how the values of
+each field are distributed (Figures S1 to S3).
 
     pip install matplotlib && python -m prepare.show DIR PICTURES
 
@@ -8,17 +8,18 @@ Writes PICTURES/samples.png and PICTURES/distributions.png.
 
 import argparse
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from data import Split, choose_fields, errors_in_one_line, load_image, read_dataset
-from metadata import FIELDS, caption, default_tokenizer, table_rows
+from metadata import Field, caption, default_tokenizer
+from metadata import parse_category, parse_numbers, parse_timestamp
 from prepare.sources import need
 
 MAP = Path(__file__).parents[1] / "demo/bluemarble-2004-07.jpg"
-MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 
 
 def canvas(rows: int, columns: int, width: float, height: float):
@@ -37,17 +38,16 @@ def save(figure, path: Path) -> None:
     print(f"wrote {unfinished.replace(path)}")
 
 
-def draw_samples(split: Split, names: str, output: Path) -> None:
+def draw_samples(split: Split, fields: tuple[Field, ...], output: Path) -> None:
     """Twelve rows at equal distances: labels, caption, its tokens, image."""
-    fields, tokenize = choose_fields(split.folder.parent, names), default_tokenizer()
     figure, axes = canvas(3, 4, 15, 14)
-    rows = np.linspace(0, len(split) - 1, min(12, len(split))).astype(int)
+    rows = np.linspace(0, len(split) - 1, min(12, len(split))).astype(int).tolist()
     for axis in axes.flat:
         axis.axis("off")
-    for axis, row in zip(axes.flat, rows.tolist()):
+    for axis, row in zip(axes.flat, rows):
         record = split[row]
         text = caption(record, fields)
-        title = [f"row {row + 1}, {len(tokenize(text))} tokens"]
+        title = [f"row {row + 1}, {len(default_tokenizer()(text))} tokens"]
         for key, value in record.items():
             if key.startswith("label"):
                 title += textwrap.wrap(f"{key}: {value}", 41)
@@ -57,47 +57,73 @@ def draw_samples(split: Split, names: str, output: Path) -> None:
     save(figure, output)
 
 
-def draw_distributions(split: Split, output: Path) -> None:
-    """Missing and malformed values are left out; each title says how many rows that leaves."""
-    numbers, _ = table_rows(split, [FIELDS[name] for name in ("gsd", "timestamp", "location")])
-    figure, axes = canvas(2, 2, 14, 9)
-    titles = ("ground sample distance (m per pixel)", "place", "year", "month")
-    columns, found = (slice(0, 2), slice(7, 9), slice(2, 3), slice(3, 4)), []
-    for axis, title, column in zip(axes.flat, titles, columns):
-        values = numbers[:, column]
-        found.append(values[~np.isnan(values).any(1)])
-        axis.set_title(f"{title}: {len(found[-1]):,} of {len(split):,} images")
-        axis.set_ylabel("images")
-        axis.set_visible(len(found[-1]) > 0 or title == "place")
-        axis.yaxis.set_major_formatter("{x:,.0f}")
-        axis.yaxis.get_major_locator().set_params(integer=True)
-    gsd, places, years, months = found
-    if len(gsd):
-        edges = np.geomspace(gsd.min() / 1.01, gsd.max() * 1.01, 60)
-        for values, name, line in zip(gsd.T, "xy", "-:"):
-            low, middle, high = np.quantile(values, (0, 0.5, 1))
-            label = f"{name}: {low:.2f} to {high:.2f}, median {middle:.2f}"
-            axes[0, 0].hist(values, edges, histtype="step", label=label, linestyle=line, lw=2)
-        axes[0, 0].set_xscale("log")
-        ticks = np.unique(np.geomspace(gsd.min(), gsd.max(), 6))
-        options = dict(precision=3, fractional=False, trim="-")  # three digits
-        axes[0, 0].set_xticks(ticks, [np.format_float_positional(t, **options) for t in ticks])
-        axes[0, 0].minorticks_off()
-        axes[0, 0].legend()
-    earth = Image.open(MAP).resize((1440, 720)).convert("L")
+def columns_of(split: Split, field: Field) -> dict[str, list]:
+    """Title -> what can be read of each row's value; a time has two columns."""
+    (values,) = split.columns(field.name)
+    if field.kind == "category":
+        return {field.name: [parse_category(value) for value in values]}
+    if field.kind == "number":
+        return {field.name: [parse_numbers(value, field) for value in values]}
+    times = [parse_timestamp(value) or [np.nan, np.nan] for value in values]
+    months = [time[1] for time in times]
+    return {f"{field.name}, year": [time[0] for time in times], f"{field.name}, month": months}
+
+
+def draw_numbers(axis, values: np.ndarray, field: Field) -> None:
+    """A line for each component; a logarithmic axis where the largest is ten times the smallest."""
+    edges = np.linspace(values.min(), values.max(), 60)
+    if 0 < 10 * values.min() < values.max():
+        edges = np.geomspace(values.min(), values.max(), 60)
+        axis.set_xscale("log")
+    for i, column in enumerate(values.T):
+        low, middle, high = np.quantile(column, (0, 0.5, 1))
+        name = field.parts[i] if field.parts else ""
+        label = f"{name} {low:.4g} to {high:.4g}, median {middle:.4g}".strip()
+        axis.hist(column, edges, histtype="step", label=label, linestyle="-:"[i % 2], lw=2)
+    axis.set(xlabel=field.unit, ylabel="images")
+    axis.legend()
+
+
+def draw_places(axis, places: np.ndarray) -> None:
     extent = (-180, 180, -90, 90)
-    axes[0, 1].imshow(earth, extent=extent, aspect="auto", cmap="gray", alpha=0.5)
-    size = np.clip(20_000 / max(1, len(places)), 0.3, 30)
-    axes[0, 1].scatter(*places.T, s=size, color="tab:red", linewidths=0)
-    axes[0, 1].set(xlim=extent[:2], ylim=extent[2:], xlabel="longitude", ylabel="latitude")
-    if len(years):
-        axes[1, 0].bar(*np.unique(years, return_counts=True))
-        first, last = years.min(), years.max()
-        margin = max(1, 3 - (last - first) / 2)
-        ticks = np.arange(first, last + 1, 1 + (last - first) // 12)
-        axes[1, 0].set(xticks=ticks, xlim=(first - margin, last + margin))
-    axes[1, 1].bar(*np.unique(months, return_counts=True))
-    axes[1, 1].set(xlim=(0.4, 12.6), xticks=range(1, 13), xticklabels=MONTHS)
+    earth = Image.open(MAP).resize((1440, 720)).convert("L")
+    axis.imshow(earth, extent=extent, aspect="auto", cmap="gray", alpha=0.5)
+    size = np.clip(20_000 / len(places), 0.3, 30)
+    axis.scatter(*places.T, s=size, color="tab:red", linewidths=0)
+    axis.set(xlim=extent[:2], ylim=extent[2:], xlabel="longitude", ylabel="latitude")
+
+
+def draw_bars(axis, values: list) -> None:
+    """How often each value comes; of many the 20 commonest."""
+    counts = sorted(Counter(values).most_common(20))
+    names = [value if isinstance(value, str) else f"{value:.0f}" for value, _ in counts]
+    axis.bar(names, [count for _, count in counts])
+    axis.tick_params("x", rotation=90 if len("".join(names)) > 80 else 0)
+    axis.set_ylabel("images")
+
+
+def draw_distributions(split: Split, fields: tuple[Field, ...], output: Path) -> None:
+    """A panel for each column of which something can be read; its title says how much."""
+    panels = []
+    for field in fields:
+        for title, values in columns_of(split, field).items():
+            known = [value for value in values if value is not None and value == value]
+            if known:
+                panels.append((f"{title}: {len(known):,} of {len(split):,} images", known, field))
+    if not panels:
+        print(f"{split.path}: no field can be read, so {output.name} is not drawn")
+        return
+    rows = (len(panels) + 1) // 2
+    figure, axes = canvas(rows, 2, 14, 4.5 * rows)
+    axes[-1, -1].axis("off" if len(panels) % 2 else "on")
+    for axis, (title, known, field) in zip(axes.flat, panels):
+        axis.set_title(title)
+        if field.kind != "number":
+            draw_bars(axis, known)
+        elif field.parts == ("longitude", "latitude"):
+            draw_places(axis, np.array(known))
+        else:
+            draw_numbers(axis, np.array(known), field)
     save(figure, output)
 
 
@@ -105,12 +131,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="a prepared dataset")
     parser.add_argument("pictures", type=Path, help="folder for the two pictures")
-    parser.add_argument("--fields", default="", help="of the captions (default: the dataset's)")
+    parser.add_argument("--fields", default="", help="names (default: the dataset's)")
     args = parser.parse_args(argv)
     with errors_in_one_line():
         train, _ = read_dataset(args.folder)
-        draw_samples(train, args.fields, args.pictures / "samples.png")
-        draw_distributions(train, args.pictures / "distributions.png")
+        fields = choose_fields(args.folder, args.fields)
+        draw_samples(train, fields, args.pictures / "samples.png")
+        draw_distributions(train, fields, args.pictures / "distributions.png")
 
 
 if __name__ == "__main__":

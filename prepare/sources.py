@@ -1,6 +1,7 @@
-"""What the scripts of the papers' datasets share: their files, optional packages, Table S1."""
+"""What several scripts share: finding files, optional packages, encoding images."""
 
 import importlib
+import io
 import itertools
 import os
 from pathlib import Path
@@ -9,15 +10,8 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from data import class_ids, read_dataset
 from metadata import BadInput
-from prepare.loop import read_list
 
-TABLE_S1 = {  # training images, test images, classes
-    "fmow": (363_572, 53_043, 62), "resisc45": (18_900, 6_300, 45), "optimal31": (930, 930, 31),
-    "ucmerced": (1_260, 840, 21), "fgsc23": (3_256, 824, 23), "eurosat": (16_200, 5_400, 10),
-    "so2sat": (352_366, 48_307, 17),
-}  # fmt: skip
 ARCHIVES = (".zip", ".rar", ".tar", ".tar.gz", ".tgz", ".tar.bz2")
 # NOTE[PAPER] two of fMoW's codes are no countries: Kosovo's becomes the one in use
 COUNTRIES = {"KO-": "XKX", "CA-": None}
@@ -46,31 +40,21 @@ def list_files(source: Path, *endings: str, under: tuple[str, ...] = ("",)) -> l
     return sorted(found, key=str)
 
 
-def split_by_lists(source: Path, paths: list[Path], lists: dict[str, str]) -> dict[Path, str]:
-    """-> the split of each path whose stem is in a list. lists: file in `source` -> split."""
-    splits = {}
-    for name, split in lists.items():
-        splits |= dict.fromkeys(read_list(source, name), split)
-    return {path: splits[path.stem] for path in paths if path.stem in splits}
-
-
-def need(package: str) -> ModuleType:
+def need(package: str, what: str = "this") -> ModuleType:
     """An optional package, or one line on how to get it."""
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise BadInput(f"{package} is not installed: pip install {package}") from None
+        raise BadInput(f"{what} needs a package: pip install {package}") from None
 
 
-def eight_bits(values: np.ndarray, white: float) -> Image.Image:
-    """[h, w, 3] -> an image: 0 and below are black, `white` and above are white."""
-    return Image.fromarray(np.rint(values * (255 / white)).clip(0, 255).astype(np.uint8))
+def eight_bits(values: np.ndarray, low: float, high: float) -> Image.Image:
+    """[h, w, 3] -> an image: the values low and high become 0 and 255."""
+    values = (values.astype(np.float64) - low) * (255 / (high - low))
+    return Image.fromarray(np.rint(np.nan_to_num(values)).clip(0, 255).astype(np.uint8))
 
 
-def report(folder: Path, name: str) -> None:
-    """How many images and classes there are, beside the paper's."""
-    *images, classes = TABLE_S1[name]
-    for split, expected in zip(read_dataset(folder), images):
-        found = len(class_ids("label", split)[0])
-        paper = f"Table S1: {expected:,} of {classes}"
-        print(f"{split.folder.name}: {len(split):,} images of {found} classes ({paper})")
+def encode(image: Image.Image, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=95)  # of a JPEG
+    return buffer.getvalue()

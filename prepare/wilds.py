@@ -6,7 +6,6 @@ SOURCE holds rgb_metadata.csv and images/. It has no ground sample distance, and
 place of the crops that the paper learns from.
 """
 
-import csv
 import functools
 import io
 from pathlib import Path
@@ -16,26 +15,15 @@ from data import errors_in_one_line, open_image
 from metadata import FIELDS, BadInput, parse_numbers
 from prepare.loop import Sample, arguments, prepare
 from prepare.sources import COUNTRIES, list_files
+from prepare.tables import read_table
 
 COLUMNS = ("split", "img_filename", "category", "timestamp", "lat", "lon")
 SPLITS = {"train": "train", "val": "test"}  # as in the paper; "test" and "seq" are the challenge's
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, strict=True))
-    except (csv.Error, UnicodeDecodeError):
-        raise BadInput(f"{path}: damaged, no CSV table in UTF-8; fetch it again") from None
-    missing = [name for name in COLUMNS if not rows or name not in rows[0]]
-    if missing:
-        raise BadInput(f"{path}: no column {missing[0]}; is it WILDS' table?")
-    return rows
-
-
-def make(number: int, source: Path, rows: list[dict[str, str]]) -> Iterator[Sample | str]:
+def make(number: int, folder: Path, rows: list[dict[str, str]]) -> Iterator[Sample | str]:
     """The number of a row, which is also its image's -> its sample."""
-    row, path = rows[number], source / "images" / f"rgb_img_{number}.png"
+    row, path = rows[number], folder / "images" / f"rgb_img_{number}.png"
     if row["category"] == "false_detection":
         yield "false detections"
         return
@@ -56,11 +44,15 @@ def make(number: int, source: Path, rows: list[dict[str, str]]) -> Iterator[Samp
 def main(argv: list[str] | None = None) -> None:
     args = arguments("Prepare WILDS-FMoW.").parse_args(argv)
     with errors_in_one_line():
-        source = list_files(args.source, "rgb_metadata.csv")[0].parent
-        rows = read_table(source / "rgb_metadata.csv")
+        table = list_files(args.source, "rgb_metadata.csv")[0]
+        rows = [row.values for row in read_table(table)]
+        for name in COLUMNS:
+            if name not in rows[0]:
+                raise BadInput(f"{table}: no column {name}; is it WILDS' table?")
         print("WILDS-FMoW: no ground sample distance; whole images in place of crops")
-        items = [i for i, row in enumerate(rows) if row["split"] in SPLITS]
-        prepare(args.folder, items, functools.partial(make, source=source, rows=rows), args.jobs)
+        items = [i for i, row in enumerate(rows) if row.get("split") in SPLITS]
+        one = functools.partial(make, folder=table.parent, rows=rows)
+        prepare(args.folder, items, one, args.jobs)
 
 
 if __name__ == "__main__":
