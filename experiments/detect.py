@@ -153,12 +153,12 @@ def main(argv: list[str] | None = None) -> None:
         need("pycocotools", "AP50")
         encoder, about, statistics = image_encoder(args.checkpoint, args.seed)
         names = read_classes(args.source / "xview_class_labels.txt")
+        model = retinanet(encoder, len(names), args.chip, statistics).to(device)
         chips = args.output.parent / f"{args.source.resolve().name}-chips-{args.chip}"
         splits = make_chips(args.source, chips, list(names), args.chip, args.workers)
         about |= {"features": "image", "label": "label", "protocol": "detect"}
         about |= {"data": str(args.source), "size": args.chip, "transfer_seed": args.seed}
         about["transfer_epochs"] = args.epochs
-        model = retinanet(encoder, len(names), args.chip, statistics).to(device)
         train(model, splits[0], args.chip, args, about)
         truths, found = detect(model, splits[1], args.chip, args.workers)
         scores = average_precision(truths, found, len(names))

@@ -345,6 +345,10 @@ def test_detect_from_the_distribution_to_a_row(source, tmp_path, capsys):
     detect.main(argv)  # trained already: scored again
     first, second = (run / "results.jsonl").read_text().splitlines()
     assert first == second and "1 of 1 epochs are done" in capsys.readouterr().out
+    detect.main([*argv, "--output", str(run.with_name("again"))])  # with the chips of the first
+    weights = [read_checkpoint(run.with_name(name))["model"] for name in ("random", "again")]
+    for name, values in weights[0].items():
+        assert torch.equal(values, weights[1][name])
     assert "has seed 0, not 1" in refusal(detect.main, *argv, "--seed", 1)
 
 

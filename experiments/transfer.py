@@ -72,7 +72,8 @@ def image_encoder(name: str, seed: int) -> tuple[nn.Module, dict, tuple]:
             raise BadInput(f"{name}: {p.model.config.vit}; wanted a run of train.py --vit resnet50")
         encoder, about = p.model.image_encoder, p.about
         statistics = p.statistics or read_checkpoint(Path(name)).get("statistics", IMAGENET)
-    torch.manual_seed(seed + 2**32)  # layers that the caller adds are the same for all encoders
+    # Layers that the caller adds next are the same for all encoders. A DataLoader draws, too
+    torch.manual_seed(seed + 2**32)
     return encoder, about, statistics
 
 
