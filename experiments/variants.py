@@ -125,13 +125,12 @@ def land_cover(areas: Areas, record: dict, path: Path) -> np.ndarray:
     return lookup(areas.land_cover, local_grid(longitude, latitude, gsd, steps))
 
 
-def make_masks(source: Path, folder: Path, seed: int) -> None:
+def make_masks(areas: Areas, source: Path, folder: Path) -> None:
     """Written beside and renamed."""
     if folder.exists():
         raise BadInput(f"{folder}: exists; remove it first, or choose another folder")
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    areas = Areas(seed)
     for split in data.read_dataset(source):
         for record in progress(split, f"cutting {split.folder.name}", len(split)):
             mask = Image.fromarray(land_cover(areas, record, split.path))
@@ -152,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with data.errors_in_one_line():
         if args.kind == "masks":
-            make_masks(args.source, args.folder, args.seed)
+            make_masks(Areas(args.seed), args.source, args.folder)
         else:
             make(args.kind, args.source, args.folder, args.gsd, args.seed)
 
