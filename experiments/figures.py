@@ -9,6 +9,7 @@ One panel a dataset, label and classifier; mean and sample standard deviation ov
 """
 
 import argparse
+import math
 import statistics
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def panel(axis, kind: str, shown: list[dict], metric: str, times: dict) -> None:
         found = [place for place in places if (place, name) in cells]
         values = [scores(cells[place, name], metric) for place in found]
         mean = [statistics.mean(v) for v in values]
-        deviation = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+        deviation = [statistics.stdev(v) if len(v) > 1 else math.nan for v in values]
         if bars:
             width = 0.8 / len(names)
             x = [places.index(place) + width * (number + 0.5) - 0.4 for place in found]
@@ -89,7 +90,8 @@ def panel(axis, kind: str, shown: list[dict], metric: str, times: dict) -> None:
         x = found
         if kind == "time":
             x = [times[name, epochs] for epochs in found]
-        axis.errorbar(x, mean, deviation, marker="o", markersize=4, capsize=3, label=name)
+        line = axis.errorbar(x, mean, deviation, marker="o", markersize=4, capsize=3, label=name)
+        line[0].set_clip_on(False)  # whole marks at 100 %
     if bars:
         names = [place.replace(",", "\n") for place in places]
         axis.set_xticks(range(len(places)), names, fontsize=7)

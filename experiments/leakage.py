@@ -47,17 +47,22 @@ def leakage(p: Pretrained, splits: Splits, features: Features, label: str, bins:
     return results
 
 
+def span(r: dict) -> str:
+    digits = int(r["to_km"] < 10)
+    return f"{r['from_km']:,.{digits}f} to {r['to_km']:,.{digits}f} km"
+
+
 def table(results: list[dict]) -> str:
     kinds, groups = list(dict.fromkeys(r["features"] for r in results)), {}
     for r in results:
         name = f"{model_name(r | {'features': 'both'})}, {class_name(r['label'])}"
-        key = (name, f"{r['from_km']:,.0f} to {r['to_km']:,.0f} km", f"{r['test']:,}")
+        key = (name, r["from_km"], r["to_km"], span(r), f"{r['test']:,}")
         groups.setdefault(key, {})[r["features"]] = r["accuracy"]
     lines = [["accuracy (%)", "to the nearest training image", "test images", *kinds]]
     gain = "both" in kinds
     lines[0] += ["gain of both over image"] * gain
     for key, cells in groups.items():
-        line = [*key, *(percent(cells[kind]) for kind in kinds)]
+        line = [key[0], *key[3:], *(percent(cells[kind]) for kind in kinds)]
         if gain:
             line.append(f"{100 * (cells['both'] - cells['image']):+.1f}")
         lines.append(line)

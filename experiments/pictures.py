@@ -40,7 +40,7 @@ KOPPEN = {  # Köppen's codes of climates, as in the demo data
 }  # fmt: skip
 BANK, SHOWN, NEIGHBOURS, PIXELS = 5000, 6, 6, 96
 GREEN, RED, GRAY = "#1a9850", "#d73027", "#bbbbbb"
-STEP, WEST, EAST, SOUTH, NORTH = 5, -180, 180, -60, 75  # degrees, of the grid of places
+WORLD = (-180, 180, -60, 75)  # degrees west, east, south, north of a map; its grid is 72 x 27
 FADE = (500, 1500)  # km from the nearest training place, over which the likelihood fades out
 
 
@@ -75,10 +75,9 @@ def neighbours(p: Pretrained, splits: Splits, label: str, workers: int, path: Pa
             elif str(name) == str(truth):
                 colour = GREEN
             draw(axis, train, bank.rows[i], name, colour)
-    frames = (("black", "test image"), (GREEN, "neighbour of its class"),
-              (RED, "of another class"), (GRAY, "without a label"))  # fmt: skip
-    line = pyplot().Line2D
-    handles = [line([], [], color=colour, linewidth=4, label=text) for colour, text in frames]
+    frames = {"black": "test image", GREEN: "neighbour of its class", RED: "of another class"}
+    line, frames = pyplot().Line2D, frames | {GRAY: "without a label"}
+    handles = [line([], [], color=c, linewidth=4, label=text) for c, text in frames.items()]
     figure.legend(handles=handles, loc="lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(
         f"Test images and their nearest of {len(bank):,} training images, most similar first\n"
@@ -91,11 +90,19 @@ def neighbours(p: Pretrained, splits: Splits, label: str, workers: int, path: Pa
 def draw(axis, split, i: int, name: object, colour: str) -> None:
     """One image in a frame, its class above."""
     axis.imshow(data.load_image(split.folder / split[i]["file_name"], PIXELS))
-    text = "no label" if name is None else spell(str(name))
-    axis.set_title(text, fontsize=7, pad=3)
+    axis.set_title("no label" if name is None else spell(str(name)), fontsize=7, pad=3)
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(color=colour, linewidth=3)
+
+
+def window(known: list[list[float]]) -> tuple[float, float, float, float]:
+    """What the maps show: the world, or twice the region in which all places are."""
+    (west, south), (east, north) = np.min(known, axis=0), np.max(known, axis=0)
+    half = max(east - west, (north - south) * 360 / 135, 0.5)
+    x, y, high = (west + east) / 2, (south + north) / 2, half * 135 / 360
+    inside = abs(x) + half <= 180 and abs(y) + high <= 90
+    return (x - half, x + half, y - high, y + high) if inside and half < 60 else WORLD
 
 
 @torch.no_grad()
@@ -108,18 +115,19 @@ def places(p: Pretrained, splits: Splits, workers: int, path: Path) -> bool:
     known = [place for place in map(location, train) if place]
     if not chosen or not known:
         return False
-    longitudes = np.arange(WEST + STEP / 2, EAST, STEP)
-    latitudes = np.arange(NORTH - STEP / 2, SOUTH, -STEP)
-    grid = [[float(x), float(y)] for y in latitudes for x in longitudes]
+    west, east, south, north = window(known)
+    x, y = np.linspace(west, east, 145)[1::2], np.linspace(north, south, 55)[1::2]
+    grid = np.stack(np.meshgrid(x, y), axis=2).reshape(-1, 2).tolist()
     km = nearest_km(unit_sphere(grid), unit_sphere(known))
     near = 1 - ((km - FADE[0]) / (FADE[1] - FADE[0])).clamp(0, 1)
     asked = near.nonzero()[:, 0]
     image = extract(p, Rows(test, chosen), workers)["image"]
     dots = np.array(spread(known, 2000))
-    figure, axes = pyplot().subplots(
-        len(chosen), 2, figsize=(8.6, 2.25 * len(chosen) + 1), width_ratios=(1, 2.7), squeeze=False
-    )
-    earth = Image.open(EARTH).resize((1080, 540))
+    shape, size = (len(chosen), 2), (8.6, 2.25 * len(chosen) + 1.5)
+    figure, axes = pyplot().subplots(*shape, figsize=size, width_ratios=(1, 2.7), squeeze=False)
+    earth = Image.open(EARTH)
+    box = np.array([west + 180, 90 - north, east + 180, 90 - south]) / 360 * earth.width
+    earth = earth.resize((1080, 405), box=tuple(box))
     for (left, right), i, feature in zip(axes, chosen, image):
         record = test[i]
         varied = metadata_features(p, [record | {"location": grid[j]} for j in asked.tolist()])
@@ -127,18 +135,18 @@ def places(p: Pretrained, splits: Splits, workers: int, path: Path) -> bool:
         logits = (e["metadata"] @ e["image"][0] * p.model.logit_scale.exp()).cpu().double()
         share = torch.zeros(len(grid)).double()
         share[asked] = logits.softmax(0) * near[asked]
-        share = (share / share.max()).view(len(latitudes), -1).numpy()
+        share = (share / share.max()).view(len(y), -1).numpy()
         times = [f.name for f in p.reader.fields if f.kind == "timestamp" and f.name in record]
         date = record[times[0]] if times else "no date"
         if record.get("timestamp_inferred"):
             date += " (month inferred)"
         draw(left, test, i, date, "black")
-        right.imshow(earth, extent=(-180, 180, -90, 90), alpha=0.6)
+        right.imshow(earth, extent=(west, east, south, north), alpha=0.6)
         right.plot(*dots.T, ".", color="black", markersize=1, alpha=0.4)
-        colours = right.imshow(share, alpha=share**0.5, extent=(WEST, EAST, SOUTH, NORTH),
+        colours = right.imshow(share, alpha=share**0.5, extent=(west, east, south, north),
                                cmap="autumn", vmin=0, vmax=1, interpolation="bilinear")  # fmt: skip
         right.plot(*location(record), "*", color="cyan", markersize=13, markeredgecolor="black")
-        right.set(xlim=(WEST, EAST), ylim=(SOUTH, NORTH), xticks=[], yticks=[])
+        right.set(xlim=(west, east), ylim=(south, north), xticks=[], yticks=[])
     figure.suptitle(
         "Where the model places test images: likelihood of each place given the image,\n"
         "with the rest of the image's metadata", fontsize=10,
@@ -156,8 +164,8 @@ def finish_places(figure, axes, colours, rows: int) -> None:
              markersize=12, label="true place"),
         line([], [], linestyle="", marker=".", color="black", label="training places"),
     ]  # fmt: skip
-    bottom = 0.75 / (2.25 * rows + 1)
-    figure.tight_layout(rect=(0, bottom, 1, 1))
+    bottom = 0.75 / (2.25 * rows + 1.5)
+    figure.subplots_adjust(0.02, bottom, 0.98, 1 - bottom, 0.05, 0.15)  # tight_layout overlaps rows
     figure.legend(handles=handles, loc="lower left", frameon=False, fontsize=9)
     bar = figure.add_axes((0.4, 0.6 * bottom, 0.55, 0.15 * bottom))
     figure.colorbar(colours, cax=bar, orientation="horizontal")

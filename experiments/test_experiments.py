@@ -210,7 +210,7 @@ def test_tables_of_ayush_et_al(tmp_path):
     path = tmp_path / "rows.jsonl"
     results.append(path, transfer_rows())
     for number, column, theirs, ours in (("A3", "xView AP50", "15.63", "50.0 ± 35.4"),
-                                         ("A4", "SpaceNet mIoU", "78.42", "50.0 ± 35.4")):  # fmt: skip
+                                         ("A4", "SpaceNet mIoU", "78.42", "50.0 ± 35.4")):
         rows = rows_of(said(tables.main, path, "--paper", number))
         assert rows[0] == [f"Table {number}", column, f"paper: {column}"]
         assert rows[1][:2] == ["untrained", "25.0"]
@@ -303,6 +303,18 @@ def test_figures(kind, result_file, tmp_path):
         assert "both seed 0" in line
 
 
+def test_axes_end_at_100_percent(result_file, tmp_path, monkeypatch):
+    rows, drawn = json_lines(result_file("all")), []
+    results.append(tmp_path / "rows.jsonl", [r | {"accuracy": 1.0, "macro_f1": 1.0} for r in rows])
+    monkeypatch.setattr(figures, "save_figure", lambda figure, *_, **__: drawn.append(figure))
+    figures.main(["epochs", str(tmp_path / "rows.jsonl"), "--output", "x.png", "--k", "5"])
+    axes = drawn[0].axes
+    assert len(axes) == 4 and all(axis.get_ylim()[1] == 100 for axis in axes)
+    assert "--metric top5" in refusal(
+        figures.main, "epochs", tmp_path / "rows.jsonl", "--output", "x", "--metric", "top5"
+    )
+
+
 # --------------------------------------------------------------------------------------------------
 # Cost
 
@@ -345,6 +357,14 @@ def test_pictures(run, dataset, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     assert "matplotlib is missing" in refusal(pictures.main, run("simclr"), *CPU)
+
+
+def test_maps_show_the_world_or_a_region():
+    """Around places of one region, twice its extent; the world where that would leave the Earth."""
+    west, east, south, north = pictures.window([[10.0, 50.0], [14.0, 50.5]])
+    assert (west, east) == (8, 16) and (south, north) == (48.75, 51.75)
+    for places in ([[-100, 0], [50, 20]], [[178, 10], [179.9, 11]], [[10, 89], [12, 89.9]]):
+        assert pictures.window(places) == pictures.WORLD
 
 
 def test_classes_are_spelled_out():
@@ -472,6 +492,10 @@ def test_leakage_by_distance(run, dataset, tmp_path):
     kinds = ["image", "metadata", "both", "location alone"]
     assert [r["features"] for r in found[:4]] == kinds and rows_of(text)[0][3:7] == kinds
     assert "--bins 0" in refusal(leakage.main, run("satmips"), "--bins", 0, *CPU)
+    near = {"method": "simclr", "label": "label", "features": "image", "test": 5, "accuracy": 0.5}
+    limits = ({"from_km": km, "to_km": km + 0.01} for km in (0.11, 0.13))
+    rows = rows_of(leakage.table([near | limit for limit in limits]))
+    assert [row[1] for row in rows[1:]] == ["0.1 to 0.1 km"] * 2, "of one region, each group a row"
 
 
 # --------------------------------------------------------------------------------------------------
