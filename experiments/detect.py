@@ -151,9 +151,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.chip < 32:
             raise BadInput(f"--chip {args.chip}: 32 px or more")
         need("pycocotools", "AP50")
-        encoder, about, statistics = image_encoder(args.checkpoint, args.seed)
         names = read_classes(args.source / "xview_class_labels.txt")
-        model = retinanet(encoder, len(names), args.chip, statistics).to(device)
+        encoder, about, statistics = image_encoder(args.checkpoint, args.seed)
+        model = retinanet(encoder, len(names), args.chip, statistics)
+        model.to(device, memory_format=torch.channels_last)
         chips = args.output.parent / f"{args.source.resolve().name}-chips-{args.chip}"
         splits = make_chips(args.source, chips, list(names), args.chip, args.workers)
         about |= {"features": "image", "label": "label", "protocol": "detect"}
