@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import Split, choose_fields, errors_in_one_line, load_image, read_dataset
+from data import Split, choose_fields, errors_in_one_line, label_names, load_image, read_dataset
 from metadata import Field, caption, default_tokenizer
 from metadata import parse_category, parse_numbers, parse_timestamp
 from prepare.sources import need
@@ -23,12 +23,10 @@ MAP = Path(__file__).parents[1] / "demo/bluemarble-2004-07.jpg"
 
 
 def canvas(rows: int, columns: int, width: float, height: float):
-    """-> a figure and its axes [rows, columns], drawn to a file, never to a screen."""
-    need("matplotlib")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    """-> a figure and its axes, drawn to a file, never to a screen."""
+    need("matplotlib").rcParams["text.parse_math"] = False  # a $ in a label is a $
+    figure = need("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def save(figure, path: Path) -> None:
@@ -42,15 +40,14 @@ def draw_samples(split: Split, fields: tuple[Field, ...], output: Path) -> None:
     """Twelve rows at equal distances: labels, caption, its tokens, image."""
     figure, axes = canvas(3, 4, 15, 14)
     rows = np.linspace(0, len(split) - 1, min(12, len(split))).astype(int).tolist()
-    for axis in axes.flat:
+    for axis in axes:
         axis.axis("off")
-    for axis, row in zip(axes.flat, rows):
+    for axis, row in zip(axes, rows):
         record = split[row]
         text = caption(record, fields)
         title = [f"row {row + 1}, {len(default_tokenizer()(text))} tokens"]
-        for key, value in record.items():
-            if key.startswith("label"):
-                title += textwrap.wrap(f"{key}: {value}", 41)
+        for label in label_names([record]):
+            title += textwrap.wrap(f"{label}: {record[label]}", 41)
         axis.set_title("\n".join(title + textwrap.wrap(text, 41)), fontsize=9, loc="left")
         axis.imshow(load_image(split.folder / record["file_name"], 224))
     figure.suptitle(f"{split.folder}: {len(rows)} of {len(split):,} images, labels and captions")
@@ -69,37 +66,35 @@ def columns_of(split: Split, field: Field) -> dict[str, list]:
     return {f"{field.name}, year": [time[0] for time in times], f"{field.name}, month": months}
 
 
-def draw_numbers(axis, values: np.ndarray, field: Field) -> None:
-    """A line for each component; a logarithmic axis where the largest is ten times the smallest."""
-    edges = np.linspace(values.min(), values.max(), 60)
-    if 0 < 10 * values.min() < values.max():
-        edges = np.geomspace(values.min(), values.max(), 60)
+def draw(axis, values: list, field: Field) -> None:
+    """Places on a map, other numbers as a line for each component, else a bar for each value."""
+    if field.kind != "number":
+        counts = sorted(Counter(values).most_common(20))
+        names = [value if isinstance(value, str) else f"{value:.0f}" for value, _ in counts]
+        axis.bar(names, [count for _, count in counts])
+        axis.tick_params("x", rotation=90 if len("".join(names)) > 50 else 0)
+        return
+    numbers = np.array(values)
+    if field.parts == ("longitude", "latitude"):
+        extent = (-180, 180, -90, 90)
+        earth = Image.open(MAP).resize((1440, 720)).convert("L")
+        axis.imshow(earth, extent=extent, aspect="auto", cmap="gray", alpha=0.5)
+        size = np.clip(20_000 / len(numbers), 0.3, 30)
+        axis.scatter(*numbers.T, s=size, color="tab:red", linewidths=0)
+        axis.set(xlim=extent[:2], ylim=extent[2:], xlabel="longitude", ylabel="latitude")
+        return
+    edges = np.linspace(numbers.min(), numbers.max(), 60)
+    if 0 < 10 * numbers.min() < numbers.max():
+        edges = np.geomspace(numbers.min(), numbers.max(), 60)
         axis.set_xscale("log")
-    for i, column in enumerate(values.T):
+    for i, column in enumerate(numbers.T):
         low, middle, high = np.quantile(column, (0, 0.5, 1))
-        name = field.parts[i] if field.parts else ""
-        label = f"{name} {low:.4g} to {high:.4g}, median {middle:.4g}".strip()
+        label = f"{low:,.5g} to {high:,.5g}, median {middle:,.5g}"
+        if field.parts:
+            label = f"{field.parts[i]}: {label}"
         axis.hist(column, edges, histtype="step", label=label, linestyle="-:"[i % 2], lw=2)
-    axis.set(xlabel=field.unit, ylabel="images")
+    axis.set_xlabel(field.unit)
     axis.legend()
-
-
-def draw_places(axis, places: np.ndarray) -> None:
-    extent = (-180, 180, -90, 90)
-    earth = Image.open(MAP).resize((1440, 720)).convert("L")
-    axis.imshow(earth, extent=extent, aspect="auto", cmap="gray", alpha=0.5)
-    size = np.clip(20_000 / len(places), 0.3, 30)
-    axis.scatter(*places.T, s=size, color="tab:red", linewidths=0)
-    axis.set(xlim=extent[:2], ylim=extent[2:], xlabel="longitude", ylabel="latitude")
-
-
-def draw_bars(axis, values: list) -> None:
-    """How often each value comes; of many the 20 commonest."""
-    counts = sorted(Counter(values).most_common(20))
-    names = [value if isinstance(value, str) else f"{value:.0f}" for value, _ in counts]
-    axis.bar(names, [count for _, count in counts])
-    axis.tick_params("x", rotation=90 if len("".join(names)) > 80 else 0)
-    axis.set_ylabel("images")
 
 
 def draw_distributions(split: Split, fields: tuple[Field, ...], output: Path) -> None:
@@ -115,15 +110,10 @@ def draw_distributions(split: Split, fields: tuple[Field, ...], output: Path) ->
         return
     rows = (len(panels) + 1) // 2
     figure, axes = canvas(rows, 2, 14, 4.5 * rows)
-    axes[-1, -1].axis("off" if len(panels) % 2 else "on")
-    for axis, (title, known, field) in zip(axes.flat, panels):
-        axis.set_title(title)
-        if field.kind != "number":
-            draw_bars(axis, known)
-        elif field.parts == ("longitude", "latitude"):
-            draw_places(axis, np.array(known))
-        else:
-            draw_numbers(axis, np.array(known), field)
+    axes[-1].set_visible(len(panels) % 2 == 0)
+    for axis, (title, known, field) in zip(axes, panels):
+        axis.set(title=title, ylabel="images")
+        draw(axis, known, field)
     save(figure, output)
 
 
