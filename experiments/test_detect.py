@@ -389,7 +389,6 @@ def test_bad_input_is_one_line(source, tmp_path, monkeypatch):
     boxes.unlink()
     assert "--epochs: 1 or more" in refusal(detect.main, *argv, "--epochs", 0)
     assert "--chip 8: 32 px or more" in refusal(detect.main, *argv, "--chip", 8)
-    names.write_text("73:Building")
     assert "no such file" in refusal(detect.main, tmp_path / "none", *argv[1:])
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     assert "pip install pycocotools" in refusal(detect.main, *argv)
