@@ -20,11 +20,13 @@ from experiments.tables import protocol_name, varying_settings
 from metadata import BadInput
 
 
-def pair(r: dict, names: list[str], trained_on: str) -> tuple:
+def pair(r: dict, names: dict, trained_on: str) -> tuple:
     """What a result has in common with the one that it is compared with."""
     settings = [setting(r, name) for name in names if name != "trained_on"]
-    where = (r["data"], r["label"], protocol_name(r), r.get("seed"), r.get("transfer_seed"))
-    return *where, *settings, trained_on
+    seeds = (r.get("seed"), r.get("transfer_seed"))
+    if "epochs" not in names and "transfer_seed" in r:
+        seeds = seeds[1:]  # over the untrained network, which has the seed of its fine-tuning
+    return r["data"], r["label"], protocol_name(r), seeds, *settings, trained_on
 
 
 def differences(results: list[dict], over: str, metric: str) -> dict:

@@ -17,7 +17,7 @@ NO_SETTINGS = {"method", "metadata", "metadata_encoder", "image_image", "geo", "
                "data", "output", "preset", "workers", "eval_every", "log_every",
                "micro_batch"}  # fmt: skip
 SETTINGS = [f.name for f in dataclasses.fields(Config) if f.name not in NO_SETTINGS]
-SETTINGS.append("trained_on")
+SETTINGS += ["trained_on", "transfer_epochs"]
 DATASETS = {"fmow": "fMoW", "resisc45": "R45", "optimal31": "O31", "ucmerced": "UCM",
             "fgsc23": "F23", "eurosat": "Euro", "so2sat": "So2", "xview": "xView",
             "spacenet": "SpaceNet", "naip": "NAIP", "geoimagenet": "GeoImageNet"}  # fmt: skip

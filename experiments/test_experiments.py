@@ -252,6 +252,13 @@ def test_gains_are_paired_by_seed(tmp_path):
         ["satmips, epochs=4, trained_on=demo-shuffled, image", "-12.5 ± 17.7, 0 of 2"],
         ["satmips, epochs=4, trained_on=demo-fine, image", "+18.8 ± 8.8, 2 of 2"],
     ]
+    longer = [r | {"transfer_epochs": 9} for r in transfer_rows() if r["protocol"] == "detect"]
+    results.append(tmp_path / "longer.jsonl", transfer_rows() + longer)
+    names = [row[0] for row in rows_of(said(tables.main, tmp_path / "longer.jsonl"))]
+    assert "untrained, transfer_epochs=9, image" in names
+    results.append(tmp_path / "transfer.jsonl", transfer_rows())
+    rows = rows_of(said(gains.main, tmp_path / "transfer.jsonl", "--over", "untrained"))
+    assert ["moco-geo, image", "+0.0, 0 of 1"] in rows, "detection, of the same fine-tuning seed"
     assert "--over x: no result has its seed and epochs; there are simclr, satmips" in refusal(
         gains.main, path, "--over", "x"
     )
