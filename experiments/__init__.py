@@ -15,8 +15,9 @@
     detect     object detection on xView from a ResNet-50 (Ayush et al., Table 3)
     segment    segmentation of SpaceNet or of one's own masks (Ayush et al., Table 4)
     export     the image encoder for timm
-    variants   the demo data with shuffled metadata, coarse or fine images only
+    variants   the demo data, changed: shuffled metadata, coarse or fine images, land cover as masks
     evidence   the runs of a study: prints what is missing, goes on where it stopped
 
-common.py, results.py and transfer.py hold what several of them share.
+common.py, results.py and transfer.py hold what several of them share; xview.py and masks.py read
+what detect and segment need.
 """
