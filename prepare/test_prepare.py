@@ -626,7 +626,7 @@ def test_wrong_options_of_own(tmp_path):
     assert "no such folder" in one_line(own.main, argv[0], tmp_path / "x", argv[2])
     for path in (tmp_path / "images").iterdir():
         path.write_bytes(b"no image")
-    assert "damaged, or no image" in one_line(own.main, *argv)
+    assert "0.png: damaged, or no image" in one_line(own.main, *argv)
     assert not (tmp_path / "out.unfinished").exists()
 
 
