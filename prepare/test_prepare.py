@@ -141,6 +141,7 @@ def test_items_become_a_dataset(tmp_path, capsys):
         files = [p for p in sorted((tmp_path / name).rglob("*")) if p.is_file()]
         trees.append({p.relative_to(tmp_path / name): p.read_bytes() for p in files})
     assert trees[0] == trees[1] and len(trees[0]) == 12 + 4
+    assert len((tmp_path / "a/journal.jsonl").read_text().splitlines()) == 1
     assert sorted(tmp_path.glob("*")) == [*before, tmp_path / "a", tmp_path / "b"]
     problems = [entry["problem"] for entry in own_rows(tmp_path / "a")["quarantine"]]
     assert len(problems) == 11 and all("names no file in the dataset" in p for p in problems[:7])
@@ -1076,7 +1077,7 @@ def fmow_tree(tmp_path_factory) -> Path:
     add_view(source, "train/port/port_4/port_4_0", odd)
     add_view(source, f"{zoo}0", fmow_json((3, PORT, "zoo")), POSTER_AOI)
     os.truncate(source / f"{zoo}0_rgb.jpg", 700)
-    add_view(source, f"{zoo}1", fmow_json((3, PORT, "zoo"), gsd=math.nan))
+    add_view(source, f"{zoo}1", fmow_json((3, PORT, "zoo"), gsd=math.nan, cloud_cover=math.inf))
     add_view(source, f"{zoo}2", fmow_json((3, PORT, "zoo")))
     (source / f"{zoo}2_rgb.json").write_text("{")
     (source / f"{zoo}3_rgb.json").write_text(json.dumps(fmow_json((3, PORT, "zoo"))))
@@ -1122,7 +1123,7 @@ def test_fmow(fmow_tree, tmp_path, capsys):
     assert "country_code" not in third and "utm_zone" not in third
     assert len(train_rows) == 6 and len(test_rows) == 2
     assert not any("msrgb" in name for name in rows)
-    assert "gsd" not in rows["zoo/zoo_1/zoo_3/zoo_1_1_rgb.jpg"], "it was not a number"
+    assert not {"gsd", "cloud_cover"} & rows["zoo/zoo_1/zoo_3/zoo_1_1_rgb.jpg"].keys(), "no numbers"
     bad = {Path(q["item"]).stem: q["problem"] for q in quarantine}
     assert sorted(bad) == ["zoo_1_0_rgb", "zoo_1_2_rgb", "zoo_1_3_rgb"]
     assert "zoo_1_2_rgb.json: not a JSON object" in bad["zoo_1_2_rgb"]
