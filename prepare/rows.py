@@ -14,7 +14,7 @@ from prepare.fields import ALIASES, is_label
 from prepare.sources import list_files
 from prepare.stac import read_items
 from prepare.tables import IMAGES, Row, printable, read_table
-from prepare.values import several
+from prepare.values import plain_class, several
 
 BLANKS = {"-", "?", "n/a", "nan", "null", "none", "[]"}  # NA is Namibia
 
@@ -80,9 +80,9 @@ def path_column(rows: list[Row], names: list[str], args: argparse.Namespace) -> 
 
 
 def column_called(name: str, option: str, names: list[str]) -> str:
-    """The table's column of that name, or of the field that it becomes."""
-    for column in names:
-        if name in (column, ALIASES.get(column)):
+    """The table's column of that name, in capitals or not, or of the field that it becomes."""
+    for column in sorted(names, key=name.__ne__):
+        if name in (column, column.lower(), ALIASES.get(column)):
             return column
     there = printable(", ".join(names), 300)
     raise BadInput(f"{option} {name}: no column {name!r}; there are {there}")
@@ -102,7 +102,8 @@ def check_labels(rows: list[Row], labels: Iterable[str]) -> None:
 
 
 def area_of(row: Row, args: argparse.Namespace) -> str:
-    return str(row.values.get(args.area) or row.values.get(args.path_column))
+    name = row.values.get(args.area, row.values.get(args.path_column))  # 0 is an area
+    return str(plain_class(name, str(row)))
 
 
 def draw_areas(rows: list[Row], args: argparse.Namespace) -> set[str]:

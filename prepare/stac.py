@@ -1,6 +1,7 @@
 """A folder of STAC items (SpatioTemporal Asset Catalog, JSON) -> rows of a table."""
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
@@ -31,7 +32,7 @@ def centre(item: dict) -> list[float] | None:
         wide = max(longitudes) - min(longitudes) > 180
         if wide and 0 < max(turned) - min(turned) < 180:  # 0: all the Earth, -180 to 180
             longitudes = turned
-    elif box:
+    elif len(box or ()) in (4, 6):
         west, south = box[:2]
         east, north = box[len(box) // 2 : len(box) // 2 + 2]  # with heights there are six numbers
         longitudes, latitudes = [west, east + 360 * (west > east)], [south, north]
@@ -44,12 +45,12 @@ def centre(item: dict) -> list[float] | None:
 
 def rank(key: str, asset: dict, data_alone: bool) -> int:
     """How well an asset stands for its item, 0 best; 7 only where nothing else is there."""
-    roles, bands = {key, *(asset.get("roles") or [])}, set()
-    for band in [*asset.get("eo:bands", []), *asset.get("bands", [])]:
+    roles, bands = {key.lower(), *(asset.get("roles") or [])}, set()
+    for band in [*(asset.get("eo:bands") or []), *(asset.get("bands") or [])]:
         bands |= {band.get("common_name"), band.get("eo:common_name"), band.get("name")}
     if "visual" in roles:
         return 0
-    if {"thumbnail", "metadata"} & roles or "preview" in key:
+    if {"thumbnail", "metadata"} & roles or re.search("preview|thumb|quick|browse", key, re.I):
         return 7
     if "data" in roles and {"red", "green", "blue"} <= bands:
         return 2
@@ -57,7 +58,7 @@ def rank(key: str, asset: dict, data_alone: bool) -> int:
         return 3
     if "overview" in roles:
         return 4
-    return 5 if roles == {key} else 6
+    return 5 if len(roles) == 1 else 6
 
 
 def choose_asset(item: dict, path: Path, wanted: str) -> tuple[str, dict, Path] | None:

@@ -31,10 +31,11 @@ class Row(NamedTuple):
 
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, line ends as \\n."""
+    content = path.read_bytes().replace(b"\0", b"\xff")  # zeros: UTF-16 without its mark
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return re.sub("\r\n?", "\n", content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
+        line = content.count(b"\n", 0, error.start) + 1
         raise BadInput(f'{path}, line {line}: not UTF-8; save it as "CSV UTF-8"') from None
 
 
@@ -45,16 +46,18 @@ def read_csv(path: Path) -> Iterator[Row]:
     delimiter, skipped = max(",;\t", key=lines[0].count), 0
     if re.match("sep=.", lines[0], re.I):
         delimiter, skipped = lines[0][4], 1
-    reader = csv.reader(lines[skipped:], delimiter=delimiter, strict=True)
+    reader = csv.reader(lines[skipped:], delimiter=delimiter, strict=True, skipinitialspace=True)
     names, where = [], f"{path}, line {skipped + 1}"
     try:
         for cells in reader:
             if not names:
-                names = cells
+                names = [name.strip() for name in cells]
                 for name in names:
                     if name and names.count(name) > 1:
                         raise BadInput(f"{where}: two columns are called {name!r}")
-            elif cells:
+                    if name.lower().endswith(IMAGES):
+                        raise BadInput(f"{where}: {name}, an image; wanted are names of columns")
+            elif any(cells):
                 for cell in cells:  # a stray quotation mark joins all rows up to the next one
                     lines_in_cell = len(cell.splitlines())
                     if lines_in_cell > 1 and any(ending in cell.lower() for ending in IMAGES):

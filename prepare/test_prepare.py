@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -218,6 +219,20 @@ def test_a_full_disk_and_a_killed_worker(tmp_path):
     assert list(in_order([3, 1, 2], str, 2)) == ["3", "1", "2"]
 
 
+def start_without_room() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+    with pytest.raises(BadInput, match=r"cannot start \(too many open files\): see to /dev/shm"):
+        list(in_order([3, 1, 2], str, 2))
+    os._exit(7)
+
+
+def test_processes_that_cannot_start():
+    child = multiprocessing.get_context("fork").Process(target=start_without_room)
+    child.start()
+    child.join()
+    assert child.exitcode == 7
+
+
 # --------------------------------------------------------------------------------------------------
 # values
 
@@ -260,11 +275,11 @@ def test_degrees_and_lists():
     for text, expected in {
         "41°24'12.2\"N": 41.403389, "2°10'26.5\"W": -2.174028, "12.2S": -12.2, "26.5 E": 26.5,
         "N 41 24 12.2": 41.403389, "E26°30′": 26.5, "-12.5": -12.5, "41.5 30 N": None,
-        "12 70 N": None, "W": None, "": None, "north": None,
+        "N 12 S": None, "12 70 N": None, "W": None, "": None, "north": None,
         "0,5": 0.5, "-12,25": -12.25, "1,234": None,
     }.items():  # fmt: skip
         assert degrees(text) == expected, text
-    for text in ("[0.50 0.40]", "(0.5, 0.4)", "{0.5,0.4}", "POINT (0.5 0.4)", [0.5, "0.4"]):
+    for text in ("[0.50 0.40]", "(0.5, 0.4)", "{0.5,0.4}", "array([0.5, 0.4])", "POINT (0.5 0.4)"):
         assert plain_list(text) == [0.5, 0.4], text
     for text in ("[]", "[a b]", "0.5 0.4", [], "POLYGON ((1 2, 3 4))", None):
         assert plain_list(text) is None, text
@@ -273,10 +288,13 @@ def test_degrees_and_lists():
 def test_values_become_what_metadata_reads():
     place, gsd = FIELDS["location"], FIELDS["gsd"]
     assert plain_value([200, 10], place) == [-160, 10] and plain_value([20, 100], place) is None
+    assert plain_value(["1 E", "2 S"], place) == [1, -2]
+    assert plain_value(["1 N", "2 E"], place) is None
     assert plain_value("0.5", gsd) == 0.5 and plain_value("[0.5 0.4]", gsd) == [0.5, 0.4]
     category = metadata.Field("site", "category")
-    found = [plain_value(v, category) for v in (1.0, "1.0", "1", 1, True, ["a"], {"a": 1}, "1.5")]
-    assert found == ["1", "1", "1", "1", "true", None, None, "1.5"]
+    given = (1.0, "1.0", "1", 1, True, "TRUE", ["a"], {"a": 1}, "1.5", "Ho\u0308fen", None)
+    found = [plain_value(value, category) for value in given]
+    assert found == ["1"] * 4 + ["true", "true", None, None, "1.5", "Höfen", None]
     for text in ("['a', 'b']", "['a' 'b']", "('a', 'b')", "{'a': 1}", "[1, 2]", '["a"]'):
         assert plain_value(text, category) is None, text
     assert plain_value("[other]", category) == "[other]" and plain_value("(b, c)", category)
@@ -293,7 +311,7 @@ def test_tables_by_any_name(tmp_path):
         "excel.csv": "sep=;\na;b\r\n1;x\r\n2;y\r\n", "index.csv": "\ufeff,a,b\n0,1,x\n1,2,y\n",
         "lines.jsonl": '{"a": "1", "b": "x"}\n\n{"a": "2", "b": "y"}',
         "array.json": '[{"a": "1", "b": "x"}, {"a": "2", "b": "y"}]',
-        "quoted.csv": 'a,b\n"1",x\n2,"y"\n',
+        "quoted.csv": 'a,b\n"1",x\n2,"y"\n', "blanks.csv": 'a , b\n1, x\n2, "y"\n,\n',
     }  # fmt: skip
     for name, text in written.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -310,7 +328,9 @@ def test_tables_by_any_name(tmp_path):
     (b"a,b,c\n1,2,3\n4,5\n", "t, line 3: 2 cells for 3 columns"),
     (b"a,b\n1,2\n4,5,6\n", "t, line 3: 3 cells for 2 columns"),
     (b'a,b\n1,"2"3\n', "t, line 2: a quotation mark within a cell"),
-    (b"gsd,a,gsd\n1,2,3\n", "two columns are called 'gsd'"), (b"", "t: no rows"),
+    ("a,b\n1,2\n".encode("utf-16-le"), "t, line 1: not UTF-8"),
+    (b"0.png,2\n1.png,3\n", "t, line 1: 0.png, an image; wanted are names of columns"),
+    (b"gsd, gsd \n1,2\n", "two columns are called 'gsd'"), (b"", "t: no rows"),
     (b"a,b\n1," + b"x" * 2**20 + b"x\n", "or a cell of more than 1,048,576 characters"),
     (b'{"a": 1, "a": 2}', "t, line 1: 'a' comes twice"), (b"[1]", "t, entry 1: not a JSON object"),
     (b"{a: 1}", "t, line 1: not JSON; a table is CSV"),
@@ -363,7 +383,7 @@ def test_centres_across_the_180th_meridian():
     assert of((20, 59.99, 20.02, 60)) == [20.01, 59.995]
     assert of((-1, 50, 0, 52), (0, 50, 3, 51)) == [1, 51] and of((-180, -90, 180, 90)) == [0, 0]
     assert centre({"geometry": {"type": "Point", "coordinates": [5, 6, 100]}}) == [5, 6]
-    assert centre({"geometry": None}) is None
+    assert centre({"geometry": None}) is None and of(box=[1, 2, 3]) is None
 
 
 def test_which_asset_is_the_image(tmp_path, capsys):
@@ -375,6 +395,7 @@ def test_which_asset_is_the_image(tmp_path, capsys):
     ]  # fmt: skip
     ranks = [rank("key", asset, False) for asset in order]
     assert ranks == sorted(ranks) and len(set(ranks)) == 6
+    assert rank("Thumbnail", {}, False) == rank("quicklook", {"bands": None}, False) == 7
     assert rank("key", {"roles": ["data"]}, True) < rank("key", {"roles": ["overview"]}, False)
     names = ("a/AOT.png", "a/preview.jpg", "a/TCI a.png", "b/thumb.png", "c.png", "d/B04.png")
     own_images(tmp_path, *names)
@@ -533,13 +554,14 @@ def test_the_table_of_fields_counts_what_can_be_read(tmp_path, capsys):
     argv = table_of(
         tmp_path, gsd=lambda i: "wide" if i % 4 == 0 else 0.5 + i, timestamp=lambda i: f"day {i}",
         seen=lambda i: f"0{1 + i % 9}/04/2015", us=lambda i: f"9/{1 + i}/2015",
-        slope=lambda i: "n/a" if i % 2 else i,
+        slope=lambda i: "n/a" if i % 2 else i, note=lambda i: f"text {i}",
     )  # fmt: skip
     rows = run_own(*argv, tmp_path / "out")["train"]
     out = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "gsd list of 2 75% [1.5000, 1.5000] cannot be read: wide" in out
     assert "timestamp - 0% left out; cannot be read: day 0" in out
     assert "slope number 50% 0" in out
+    assert "note - 0% left out; 24 different values, as text 0" in out
     for name in ("seen ", "us "):
         assert any(line.startswith(name) and "--dates day-first or" in line for line in out)
     assert rows[1] == {"file_name": "1.png", "gsd": 1.5, "seen": "02/04/2015"}
@@ -555,6 +577,7 @@ def test_the_table_of_fields_counts_what_can_be_read(tmp_path, capsys):
     ("acquired", [20150901, 20150902], "2015-09-01"),
     ("timestamp", [1442849408000] * 2, "2015-09-21T15:30:08Z"),
     ("gsd", ["[0.50 0.40]"] * 2, [0.5, 0.4]), ("gsd", [10.0, 0.5], 10.0), ("site", [1, 1.0], "1"),
+    ("timestamp", [2015.0] * 2, "2015"),
     ("location", ["(12.5, 41.5)"] * 2, [12.5, 41.5]),
     ("exif", ["2019:05:01 13:49:23"] * 2, "2019-05-01T13:49:23"),
 ])  # fmt: skip
@@ -598,6 +621,7 @@ def test_of_two_columns_of_one_field_either_can_be_left_out(tmp_path):
     ({"labels": ["a", "b"]}, "labels: a list of classes (['a', 'b']); scores need one class an i"),
     ({"labels": "['a', 'b']"}, "line 1: labels: a list of classes (['a', 'b'])"),
     ({"labels": {"a": 1}}, "labels: a list of classes"),
+    ({"Label": 1, "label": 2}, "--label: Label and label differ in capitals alone"),
 ])  # fmt: skip
 def test_tables_that_own_refuses(columns, needle, tmp_path):
     cells = {name: lambda i, value=value: value for name, value in columns.items()}
@@ -619,6 +643,7 @@ def test_wrong_options_of_own(tmp_path):
         "--types platform=text": "a kind is one of", "--path-column q": "no column 'q'",
         "--split-column place": "no row for train: place says x", "--area none": "no column 'none'",
         "--split-column platform --area place": "no row for train: platform says a, b",
+        "--types split=skip": "--types split: names images, areas or splits",
     }.items():  # fmt: skip
         assert needle in one_line(own.main, *argv, *options.split()), options
     (tmp_path / "none").mkdir()
@@ -693,10 +718,17 @@ def test_labels_areas_and_splits(tmp_path, capsys):
     assert {r["area"] for r in rows["test"]} != {r["area"] for r in again["test"]}
     half = run_own(*argv, tmp_path / "d", "--area", "platform", "--types", "fold=skip")
     assert len(half["test"]) == 30 and "(20% asked for, of 2 areas)" in capsys.readouterr().out
-    text = text.replace("train", "val").replace("test", "train").replace("fold", "split")
+    text = text.replace("train", "val").replace("test", "train").replace("fold", "Split")
+    text = text.replace("kind", "Label").replace("site", "Area")
     argv[0].write_text(text)
     rows = run_own(*argv, tmp_path / "e")
     assert (len(rows["train"]), len(rows["test"])) == (4, 56), "a table without test has val for it"
+    assert rows["test"][1].items() >= {"label": "1", "area": "0"}.items()
+    argv = table_of(tmp_path, 60, "table.jsonl", area=lambda i: (0, 1.0, 1, 2, "2", 3)[i // 10])
+    argv[0].write_text(argv[0].read_text().replace('"split"', '"fold"'))
+    rows = run_own(*argv, tmp_path / "f")
+    assert len({row["area"] for row in rows["train"]} | {rows["test"][0]["area"]}) == 4
+    assert len({row["area"] for row in rows["test"]}) == 1, "0 is an area, 1.0 is 1"
 
 
 def test_a_class_that_only_the_test_split_has(tmp_path, capsys):
@@ -1585,6 +1617,10 @@ def test_wrong_weights_of_others(vit, resnet, tmp_path):
         ({"blocks.0.ls1.gamma": torch.ones(128)}, "more than ours: blocks.0.ls1.gamma"),
         ({"norm_pre.weight": torch.ones(128)}, "more than ours: norm_pre.weight"),
         ({"pos_embed": torch.ones(1, 6, 128)}, "pos_embed is for 6 tokens"),
+        ({"pos_embed": torch.ones(1, 1, 128)}, "pos_embed is for 1 tokens"),
+        ({"cls_token": torch.tensor(1.0)}, "cls_token: missing or of another shape"),
+        ({"patch_embed.proj.weight": torch.ones(128, 3, 0, 0)}, "weight: missing or of another"),
+        ({"blocks.x.a": torch.ones(1)}, "a ViT of width 128 and 5 layers: not among"),
         ({"patch_embed.proj.weight": torch.ones(128)}, "patch_embed.proj.weight: missing or of"),
     ):
         authors_file(path, layout, state | changes)
@@ -1596,6 +1632,9 @@ def test_wrong_weights_of_others(vit, resnet, tmp_path):
     tiny = {k: v for k, v in state.items() if not k.startswith("blocks.3.")}
     authors_file(path, layout, tiny)
     assert "a ViT of width 128 and 3 layers: not among" in refused_by(weights, *argv)
+    for std in (0, "nan", 58.4):
+        assert "numbers from 0 to 1" in refused_by(weights, *argv, "--std", std, 1, 1)
+    assert "--image-size 0: not a multiple" in refused_by(weights, *argv[:-1], 0)
     assert "--image-size 40: not a multiple of their patch, 16" in refused_by(
         weights, *argv[:-1], 40)  # fmt: skip
     names = ("visual.class_embedding", "visual.conv1.weight")

@@ -6,6 +6,7 @@ NumPy, tuples, WKT and PostgreSQL print them lists. Only what can mean one thing
 
 import contextlib
 import re
+import unicodedata
 from datetime import datetime, timezone
 
 from data import class_name
@@ -16,7 +17,7 @@ BASIC = re.compile(r"(\d{8})(?:\D?(\d{4}\S*))?")  # Sentinel-2's 20170601T101031
 DAYS = ("%Y-%m-%d", "%d-%b-%Y", "%d-%B-%Y", "%b-%d-%Y", "%B-%d-%Y")
 ORDERS = {"day-first": ("%d-%m-%Y",), "month-first": ("%m-%d-%Y",), "": ("%d-%m-%Y", "%m-%d-%Y")}
 CLOCK = re.compile(r"[T ,]+(\d\d?)(:\d\d[\d:.]*) ?([AP]M)? ?(Z|[+-][\d:]+)?$", re.I)
-LIST = re.compile(r"(?:POINT|array)?\s*[\[({](.*)[\])}]", re.S)
+LIST = re.compile(r"(?:POINT|array|tensor)?\s*[\[({]+(.*?)[\])}]+", re.S)
 DEGREES = re.compile(r"([NSEW]?)\s*(-?)([\d.\s°º˚'’′\"”″:]+)([NSEW]?)")
 
 
@@ -34,7 +35,7 @@ def parse_date(value: object, dates: str = "") -> str | None:
     comes back as it is: the poster prints it raw.
 
     dates: "day-first" or "month-first" for 03/04/2015, or a format of strptime."""
-    text = re.sub(r"^(\d{8,})\.0$", r"\1", str(value).strip())  # pandas, where others are missing
+    text = re.sub(r"^(\d{4}|\d{8,})\.0$", r"\1", str(value).strip())  # pandas, beside gaps
     text = re.sub(r" ?(UTC|GMT)$", "Z", text)
     timed, basic, clock = True, BASIC.fullmatch(text), CLOCK.search(text)
     try:
@@ -87,7 +88,7 @@ def several(value: object) -> bool:
     return isinstance(value, (list, dict)) or bool(shape.fullmatch(str(value).strip()))
 
 
-def degrees(value: object) -> float | None:
+def degrees(value: object, letters: str = "NSEW") -> float | None:
     """12.5, "12.5 S", 41°24'12.2"N, "N 41 24 12.2" -> degrees; south and west are negative."""
     number = plain_number(value)
     shape = DEGREES.fullmatch(str(value).strip().upper())
@@ -95,7 +96,8 @@ def degrees(value: object) -> float | None:
         return number
     before, sign, text, after = shape.groups()
     parts = [float(part) for part in re.findall(r"\d+(?:\.\d+)?", text)]
-    if not 1 <= len(parts) <= 3 or max(parts[1:], default=0) >= 60 or sum(parts[:-1]) % 1:
+    wrong = before + after not in ("", *letters)  # a latitude where longitudes are
+    if wrong or not 1 <= len(parts) <= 3 or max(parts[1:], default=0) >= 60 or sum(parts[:-1]) % 1:
         return None
     number = sum(part / 60**i for i, part in enumerate(parts))
     return round(-number if sign or before + after in ("S", "W") else number, 6)
@@ -104,10 +106,18 @@ def degrees(value: object) -> float | None:
 def plain_place(value: object) -> list[float] | None:
     """Longitude and latitude; longitudes from 180 to 360 become -180 to 0."""
     pair = value if isinstance(value, list) else plain_list(value) or ()
-    place = [degrees(part) for part in pair]
-    if len(place) == 2 and None not in place and 180 < place[0] <= 360:
+    if len(pair) != 2:
+        return None
+    place = [degrees(pair[0], "EW"), degrees(pair[1], "NS")]
+    if None not in place and 180 < place[0] <= 360:
         place[0] = round(place[0] - 360, 9)
     return place
+
+
+def plain_class(value: object, where: str) -> str | None:
+    """A category, class or area: one, however it is written (1.0, TRUE, letters in parts)."""
+    name = class_name(unicodedata.normalize("NFC", str(value).strip()), where)
+    return name.lower() if name in ("True", "TRUE", "False", "FALSE") else name
 
 
 def plain_value(value: object, field: Field, dates: str = "") -> object:
@@ -115,8 +125,7 @@ def plain_value(value: object, field: Field, dates: str = "") -> object:
     if field.kind == "timestamp":
         plain = parse_date(value, dates)
     elif field.kind == "category":
-        plain = None if several(value) else class_name(value, field.name)
-        plain = plain.lower() if plain in ("True", "TRUE", "False", "FALSE") else plain
+        plain = None if value is None or several(value) else plain_class(value, field.name)
     elif field.parts == ("longitude", "latitude"):
         plain = plain_place(value)
     elif field.parts:
