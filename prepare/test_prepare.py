@@ -171,8 +171,8 @@ def test_a_killed_preparation_goes_on(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
     with open(journal, "ab") as file:
-        file.write(b'{"item": "299", "ro')  # torn
-    done = journal.read_bytes().count(b"\n") - 1  # less its first line
+        file.write(b'{"item": "299", "ro\0\0\n{"item": "298", "rows": []}\n')  # torn, and more
+    done = journal.read_bytes().count(b"\n") - 3  # less the first line and these two
     assert 40 <= done < 300
     with pytest.raises(BadInput, match="begun with another table, other files or other options"):
         prepare(folder, list(range(1, 300)), make_sample, 0)
@@ -875,7 +875,9 @@ def test_check_finds_every_planted_fault(tmp_path, capsys):
     for split in ("train", "test"):  # the same without the line, so that labels can be compared
         path = tmp_path / split / "metadata.jsonl"
         path.write_text(path.read_text().replace("not a line\n", ""))
+        path.write_text(path.read_text().replace("14.png", "\\u0000"))  # no file has such a name
     found = check.check(tmp_path, 0)
+    assert found["train", "row without its image"][0] == 1
     assert found["both", "label: test classes that training lacks"] == (1, "c")
     out = capsys.readouterr().out
     assert "label: 2 classes, 1 images without\n    15 (b) to 16 (a) images each" in out
