@@ -84,8 +84,7 @@ def column_called(name: str, option: str, names: list[str]) -> str:
     for column in sorted(names, key=name.__ne__):
         if name in (column, column.lower(), ALIASES.get(column)):
             return column
-    there = printable(", ".join(names), 300)
-    raise BadInput(f"{option} {name}: no column {name!r}; there are {there}")
+    raise BadInput(f"{option}: no column {name!r}; there are {printable(', '.join(names), 300)}")
 
 
 def check_labels(rows: list[Row], labels: Iterable[str]) -> None:
@@ -102,8 +101,7 @@ def check_labels(rows: list[Row], labels: Iterable[str]) -> None:
 
 
 def area_of(row: Row, args: argparse.Namespace) -> str:
-    name = row.values.get(args.area, row.values.get(args.path_column))  # 0 is an area
-    return str(plain_class(name, str(row)))
+    return str(plain_class(row.values.get(args.area, row.values.get(args.path_column)), str(row)))
 
 
 def draw_areas(rows: list[Row], args: argparse.Namespace) -> set[str]:
