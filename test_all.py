@@ -611,7 +611,7 @@ def test_split(tmp_path):
     assert split.columns("label", "note") == [["a", None, 3], [None, "ü" * 500, None]]
     assert str(tmp_path / "test") in refusal(data.read_dataset, tmp_path)
     (tmp_path / "validation").mkdir()
-    text = '\ufefffile_name,gsd,label_b\r\na.png,"[0.5, 0.4]","a, b"\r\nb.png,,[c\r\n'
+    text = '\ufefffile_name, gsd,label_b\r\na.png, "[0.5, 0.4]","a, b"\r\nb.png,,[c\r\n'
     (tmp_path / "validation" / "metadata.csv").write_text(text, encoding="utf-8", newline="")
     train, test = data.read_dataset(tmp_path)
     a = {"file_name": "a.png", "gsd": [0.5, 0.4], "label_b": "a, b"}
