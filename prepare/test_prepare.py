@@ -909,13 +909,25 @@ def test_check_of_sound_and_of_poor_datasets(tmp_path, capsys):
     assert "no such folder" in one_line(check.main, tmp_path / "none")
 
 
+def test_a_terminal_without_some_letters(tmp_path, monkeypatch):
+    """Its encoding is ASCII, as with LC_ALL=C: classes are printed with escapes."""
+    argv = table_of(tmp_path, label=lambda i: ["Höfen", "a"][i % 2])
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    run_own(*argv, tmp_path / "out")
+    with pytest.raises(SystemExit, match="0"):
+        check.main([str(tmp_path / "out"), "--jobs", "0"])
+    terminal.flush()
+    assert rb"(H\xf6fen)" in terminal.buffer.getvalue()
+
+
 def test_check_of_a_metadata_csv(tmp_path):
     """A stray quotation mark is told, and a metadata.csv that nobody reads."""
     for split in ("train", "test"):
         own_images(tmp_path / split, *[f"{i}.png" for i in range(4)])
         (tmp_path / split / "metadata.csv").write_text(
             'file_name,gsd,label\n0.png,1,"a\n1.png,2,b\n2.png,3,b"\n3.png,4,b\n')
-    assert "row 1: not 3 cells, or a stray quotation mark" in one_line(check.main, tmp_path)
+    assert "row 1: missing or extra cell, stray quote" in one_line(check.main, tmp_path)
     for split in ("train", "test"):
         lines = [json.dumps({"file_name": f"{i}.png", "gsd": i + 1}) for i in range(4)]
         (tmp_path / split / "metadata.jsonl").write_text("\n".join(lines) + "\n")
