@@ -21,20 +21,12 @@ from torch import nn
 import data
 from evaluate import read_checkpoint
 from experiments import detect, transfer, xview
+from experiments.test_experiments import refusal
 from metadata import BadInput
 from model import ModelConfig, SatMIP
 from train import save
 
 ABOUT = {"method": "random", "transfer_seed": 0}
-
-
-def refusal(main, *argv) -> str:
-    """The one line with which a script refuses its arguments."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(a) for a in argv])
-    line = str(caught.value)
-    assert line.startswith("error: ") and "\n" not in line, line
-    return line
 
 
 # --------------------------------------------------------------------------------------------------
