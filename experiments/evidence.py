@@ -1,13 +1,14 @@
 """The runs behind the findings: says what is missing, and goes on where it stopped.
 
+    python -m experiments.tables experiments/evidence.jsonl    # what has been run: README's tables
+    python -m experiments.gains experiments/evidence.jsonl --over simclr    # paired by seed
     python -m experiments.evidence --list             # all studies: what is there, what is missing
     python -m experiments.evidence longer shuffled    # train and score what is missing of these
-    python -m experiments.tables runs/evidence/scores.jsonl
-    python -m experiments.gains runs/evidence/scores.jsonl --over simclr    # paired by seed
 
 On the demo data, three seeds (few-labels: five). It runs commands of this repository and prints
-each, so that any can be pasted. A finished run is known by its log, a finished score by its row in
-runs/evidence/scores.jsonl; train.py itself resumes a run that was stopped midway.
+each, so that any can be pasted. A finished score is known by its row in experiments/evidence.jsonl
+or in runs/evidence/scores.jsonl, where new ones go; a finished run by its log; train.py itself
+resumes a run that was stopped midway. Another --folder runs all of it anew.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import data
 from experiments.results import missing
 from metadata import BadInput
 
-ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).with_name("evidence.jsonl")  # what has been run
 LAST_FEW = {"protocol": "few-labels", "label": "label_land_cover", "k": 20}  # what it scores last
 TEXT, TABLE = "--metadata-encoder text", "--metadata-encoder table"
 
@@ -35,7 +36,7 @@ class Run(NamedTuple):
     options: str  # of train.py
     epochs: int = 4
     variant: str = ""  # of the demo data, by experiments.variants
-    start: str = ""  # another run, whose image encoder it starts from
+    start: "Run | None" = None  # another run, whose image encoder it starts from
 
 
 SIMCLR = Run("simclr", "--method simclr")
@@ -67,8 +68,8 @@ STUDIES = {
     "hierarchical": [
         COARSE, SIMCLR._replace(name="simclr-fine", variant="fine"),
         SATMIPS._replace(name="satmips-fine", variant="fine"),
-        SIMCLR._replace(name="simclr-fine-init", variant="fine", start="simclr-coarse"),
-        SATMIPS._replace(name="satmips-fine-init", variant="fine", start="simclr-coarse"),
+        SIMCLR._replace(name="simclr-fine-init", variant="fine", start=COARSE),
+        SATMIPS._replace(name="satmips-fine-init", variant="fine", start=COARSE),
     ],
     # Upper bound: the same ViT trained on the labels, from random weights and from these runs
     "upper": [SIMCLR, SATMIPS],
@@ -91,6 +92,8 @@ def training(run: Run, seed: int, args: argparse.Namespace) -> list[str]:
     folder, source, commands = args.folder / f"{run.name}-{seed}", args.data, []
     if finished(folder, args.epochs or run.epochs):
         return []
+    if run.start:
+        commands += training(run.start, seed, args)
     if run.variant:
         source = args.data.with_name(f"{args.data.name}-{run.variant}")
         if not source.exists():
@@ -98,12 +101,13 @@ def training(run: Run, seed: int, args: argparse.Namespace) -> list[str]:
     command = f"train.py {run.options} --preset small --data {source} --seed {seed}"
     command += f" --epochs {args.epochs or run.epochs} --eval-every 0 --output {folder}"
     if run.start:
-        command += f" --init {args.folder / f'{run.start}-{seed}'}"
+        command += f" --init {args.folder / f'{run.start.name}-{seed}'}"
     return [*commands, command]
 
 
 def scoring(study: str, run: Run, seed: int, args: argparse.Namespace) -> list[str]:
-    """The commands that are missing until this run is scored, all on the whole embedded data."""
+    """The commands that are missing until this run is scored on the whole embedded data; a run with
+    all its scores needs no training."""
     path, commands = args.folder / f"{run.name}-{seed}" / "checkpoint.pt", []
     evaluate = f"evaluate.py --checkpoint {path} --data {args.data} --output {args.output}"
     where = f"{path} --data {args.data} --output {args.output}"
@@ -115,12 +119,16 @@ def scoring(study: str, run: Run, seed: int, args: argparse.Namespace) -> list[s
         (LAST_FEW, f"-m experiments.few_labels {where} --histograms --random"),
     ]
     if study == "upper":
-        asked.append(({"protocol": "finetune"}, f"{evaluate} --protocol finetune --random"))
+        random = " --random" if run is SIMCLR else ""  # once a seed
+        asked.append(({"protocol": "finetune"}, f"{evaluate} --protocol finetune{random}"))
     if study == "leakage":
         asked.append(({"protocol": "leakage"}, f"-m experiments.leakage {where}"))
+    about = {"checkpoint": str(path), "epochs": args.epochs or run.epochs}
     for wanted, command in asked:
-        if missing([{"checkpoint": str(path)} | wanted], args.output):
+        if missing(missing([about | wanted], RESULTS), args.output):
             commands.append(command)
+    if commands:
+        commands = training(run, seed, args) + commands
     return commands
 
 
@@ -136,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     args.output = args.folder / "scores.jsonl"
     if args.list:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence
+    said = set()  # studies share runs
     with data.errors_in_one_line():
         for study in args.study or STUDIES:
             if study not in STUDIES:
@@ -145,9 +154,12 @@ def main(argv: list[str] | None = None) -> None:
             there, seeds = 0, args.seeds or range(SEEDS.get(study, 3))
             for seed in seeds:
                 for run in STUDIES[study]:
-                    commands = training(run, seed, args) + scoring(study, run, seed, args)
+                    commands = scoring(study, run, seed, args)
                     there += not commands
                     for command in commands:
+                        if command in said:
+                            continue
+                        said.add(command)
                         print(f"python {command}", flush=True)
                         if not args.list:
                             execute(command)

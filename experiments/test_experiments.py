@@ -616,7 +616,7 @@ def test_variants(dataset, tmp_path):
 
 
 def test_evidence_says_what_is_missing(tmp_path):
-    """Commands in their order; a run that has its last epoch is not trained again."""
+    """Commands in their order; nothing that is there is run again."""
     argv = ["shuffled", "--list", "--seeds", 0, "--folder", tmp_path, "--data", tmp_path / "demo"]
     lines = said(evidence.main, *argv).splitlines()
     kinds = [line.split()[1] if line.split()[1] != "-m" else line.split()[2] for line in lines]
@@ -626,13 +626,17 @@ def test_evidence_says_what_is_missing(tmp_path):
     folder.mkdir()
     (folder / "checkpoint.pt").touch()
     (folder / "log.jsonl").write_text('{"step": 1, "epoch": 4}\n{"step": 1, "knn": 0}\n')
-    row = {"checkpoint": str(folder / "checkpoint.pt"), "features": "image", "data": "demo",
-           "label": "label_climate", "method": "simclr"}  # fmt: skip
-    results.append(tmp_path / "scores.jsonl", [row | {"protocol": "linear"}])
-    results.append(tmp_path / "scores.jsonl", [row | evidence.LAST_FEW])
-    assert said(evidence.main, *argv).splitlines()[:-1] == lines[3:-1]
+    assert said(evidence.main, *argv).splitlines()[:-1] == lines[1:-1], "its last epoch is there"
     (folder / "log.jsonl").write_text('{"step": 1, "epoch": 3}\n')
-    assert said(evidence.main, *argv).splitlines()[0] == lines[0]
+    row = {"checkpoint": str(folder / "checkpoint.pt"), "features": "image", "data": "demo",
+           "label": "label_climate", "method": "simclr", "epochs": 8}  # fmt: skip
+    results.append(tmp_path / "scores.jsonl", [row | {"protocol": "linear"}])
+    assert said(evidence.main, *argv).splitlines() == lines, "scores of another length"
+    row["epochs"] = 4
+    results.append(tmp_path / "scores.jsonl", [row | {"protocol": "linear"}])
+    assert said(evidence.main, *argv).splitlines()[:2] == [lines[0], lines[2]], "few labels missing"
+    results.append(tmp_path / "scores.jsonl", [row | evidence.LAST_FEW])
+    assert said(evidence.main, *argv).splitlines()[:-1] == lines[3:-1], "scored: not trained again"
     assert "nonsense: not one of few-labels" in refusal(evidence.main, "nonsense")
     text = said(evidence.main, "--list", "--folder", tmp_path)
     assert re.findall(r"of (\d+) runs", text) == ["25", "18", "18", "9", "15", "6", "6"], "seeds"
