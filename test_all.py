@@ -1219,7 +1219,7 @@ def start(folder: Path, argv: list[str], world: int = 1) -> list:
 def codes(processes: list) -> list[int | None]:
     """Exit codes, negative for signals; None for a process that hangs."""
     for process in processes:
-        process.join(120)
+        process.join(300)
     found = [process.exitcode for process in processes]
     return [process.kill() or code for process, code in zip(processes, found)]
 
@@ -1247,7 +1247,7 @@ def test_killed_and_stopped_runs_end_like_an_undisturbed_one(method, more, place
         before = log.read_bytes() if log.exists() else b""
         (process,) = start(tmp_path, argv)
         wait(lambda: log.exists() and log.read_bytes() != before, process)  # an epoch is done
-        time.sleep(rng.uniform(0, 3 * between))
+        time.sleep(rng.uniform(0, 2 * between))
         os.kill(process.pid, number)
         if number == signal.SIGKILL:
             assert codes([process]) == [-signal.SIGKILL]
