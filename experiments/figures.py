@@ -62,8 +62,9 @@ def chosen(kind: str, results: list[dict], k: int, metric: str) -> list[dict]:
     found = []
     for r in results:
         scored = r["protocol"] in ("knn", "linear") and r.get("k", k) == k
+        scored = scored and r.get("averaged") != "areas"
         if kind in ("epochs", "time"):
-            scored = scored and r["features"] == "image"
+            scored = scored and r["features"] == "image" and "epochs" in r
         if scored and r["method"] != "random" and metric_of(r, metric) in r:
             found.append(r)
     if not found:
@@ -72,25 +73,28 @@ def chosen(kind: str, results: list[dict], k: int, metric: str) -> list[dict]:
     return found
 
 
-def panel(axis, kind: str, shown: list[dict], metric: str, times: dict) -> None:
+def panel(axis, kind: str, shown: list[dict], names: list[str], metric: str, times: dict) -> None:
     cells, bars = collect(shown, lambda r: (position(kind, r), series(kind, r))), kind in BARS
-    places, names = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    places = list(dict.fromkeys(place for place, _ in cells))
     if not bars:
         places.sort()
-    for number, name in enumerate(names):
+    for number, name in enumerate(names):  # of all panels, so that a colour has one meaning
         found = [place for place in places if (place, name) in cells]
+        if not found:
+            continue
+        look = {"color": f"C{number}", "label": name}
         values = [scores(cells[place, name], metric) for place in found]
         mean = [statistics.mean(v) for v in values]
         deviation = [statistics.stdev(v) if len(v) > 1 else math.nan for v in values]
         if bars:
             width = 0.8 / len(names)
             x = [places.index(place) + width * (number + 0.5) - 0.4 for place in found]
-            axis.bar(x, mean, 0.9 * width, yerr=deviation, capsize=2, label=name)
+            axis.bar(x, mean, 0.9 * width, yerr=deviation, capsize=2, **look)
             continue
         x = found
         if kind == "time":
             x = [times[name, epochs] for epochs in found]
-        line = axis.errorbar(x, mean, deviation, marker="o", markersize=4, capsize=3, label=name)
+        line = axis.errorbar(x, mean, deviation, marker="o", markersize=4, capsize=3, **look)
         line[0].set_clip_on(False)  # whole marks at 100 %
     if bars:
         names = [place.replace(",", "\n") for place in places]
@@ -109,10 +113,10 @@ def draw(kind: str, results: list[dict], k: int, metric: str, path: Path) -> Non
         classifier = f"kNN, k={k}" if r["protocol"] == "knn" else "linear probe"
         title = f"{dataset_name(r)}, {class_name(r['label'])}: {classifier}"
         panels.setdefault(title, []).append(r)
-    width = 3.6 * len(panels) + 1.8
+    width, names = 3.6 * len(panels) + 1.8, list(dict.fromkeys(series(kind, r) for r in shown))
     figure, axes = pyplot().subplots(1, len(panels), figsize=(width, 3.4), squeeze=False)
     for axis, (title, rows) in zip(axes[0], panels.items()):
-        panel(axis, kind, rows, metric, times)
+        panel(axis, kind, rows, names, metric, times)
         axis.set_title(title, fontsize=9)
         axis.set_ylabel(f"{metric_of(rows[0], metric).replace('_', ' ')} (%)", fontsize=9)
         axis.set_ylim(top=min(100, axis.get_ylim()[1]))
@@ -123,7 +127,11 @@ def draw(kind: str, results: list[dict], k: int, metric: str, path: Path) -> Non
             axis.set_xlabel("epochs", fontsize=9)
         if kind == "time":
             axis.set_xlabel("training time, SimCLR's shortest = 1", fontsize=9)
-    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    marks = {}
+    for axis in axes[0]:
+        marks |= {name: mark for mark, name in zip(*axis.get_legend_handles_labels())}
+    outside = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "frameon": False}
+    axes[0, -1].legend(marks.values(), marks, fontsize=8, **outside)
     figure.tight_layout()
     save_figure(figure, path, dpi=130)
 

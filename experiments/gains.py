@@ -3,9 +3,10 @@
     python -m experiments.gains runs/evidence/scores.jsonl --over simclr
     python -m experiments.gains few.jsonl --over "satmip (text)" --metric macro_f1
 
-A cell is the mean difference in points ± its sample standard deviation over the seeds, and how many
-of the seeds gain. Both runs have as many epochs, and the same settings in which the other method's
-runs vary; where it has no run on a changed dataset, that on the scored one is taken.
+A cell is the mean difference in points ± its sample standard deviation over seeds, and how many of
+the seeds gain. A run is compared with the --over run of the same seed and epochs, and of the same
+value of every other option in which the --over runs differ. If no --over run was trained on the
+same, changed dataset, its run on the dataset that is scored is taken.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import data
 from experiments.results import (
     METRICS, SCORED, class_name, markdown, metric_of, model_name, read_rows, setting,
 )  # fmt: skip
-from experiments.tables import protocol_name, varying_settings
+from experiments.tables import general_tables, protocol_name, varying_settings
 from metadata import BadInput
 
 
@@ -31,6 +32,7 @@ def pair(r: dict, names: dict, trained_on: str) -> tuple:
 
 def differences(results: list[dict], over: str, metric: str) -> dict:
     """-> table -> row -> column -> seed -> difference in points."""
+    general_tables(results, metric)  # refuses two runs of one seed
     varying, tables, bases = varying_settings(results), {}, {}
     names = dict.fromkeys(varying.get(over, ()))
     if over != "untrained":

@@ -93,6 +93,8 @@ def metric_of(result: dict, metric: str) -> str:
 def setting(result: dict, name: str) -> str:
     """An option's value as tables show it."""
     value = result.get(name)
+    if name == "model":
+        return model_name(result)
     if name == "method" and value == "random":
         return "untrained"
     if name == "init":
@@ -107,20 +109,22 @@ def setting(result: dict, name: str) -> str:
 def run_folder(result: dict) -> Path:
     """Of the run whose checkpoint was scored."""
     path = Path(result.get("checkpoint", ""))
-    return path.parent if path.suffix == ".pt" else path
+    return path.parent if path.name == "checkpoint.pt" else path
 
 
 def collect(results: list[dict], place: Callable[[dict], tuple]) -> dict[tuple, dict[tuple, dict]]:
     """-> place(result), the row and the column -> seeds of training and of transfer -> result;
     scored twice, the last counts.
 
-    Two runs of one seed in a cell are refused: what tells them apart has no row of its own."""
+    Two runs of one seed in a cell are refused, and two image sizes: what tells them apart has no
+    row of its own."""
     cells = {}
     for r in results:
         seeds, seed = cells.setdefault(place(r), {}), (r.get("seed"), r.get("transfer_seed"))
         before = seeds.get(seed, r)
-        if run_folder(before) != run_folder(r) and r["method"] != "random":
-            unlike = [name for name in SETTINGS if before.get(name) != r.get(name)]
+        unlike = [name for name in SETTINGS if before.get(name) != r.get(name)]
+        other = run_folder(before) != run_folder(r) or "image_size" in unlike
+        if other and r["method"] != "random":
             differ = ", ".join(f"{n} {setting(before, n)} and {setting(r, n)}" for n in unlike)
             raise BadInput(
                 f"{before.get('checkpoint')} and {r.get('checkpoint')} are both seed {seed[0]} of "
@@ -164,7 +168,7 @@ def run_cost(result: dict) -> tuple[float, float] | None:
 def relative_costs(
     results: list[dict], row: Callable[[dict], str]
 ) -> dict[tuple[str, str], str]:
-    """(row, "time" or "memory") -> that of its runs an epoch, relative to SimCLR's (means)."""
+    """(row, "time" or "memory") -> that of its runs, by sample, relative to SimCLR's (means)."""
     costs, texts = {}, {}
     for r in {r.get("checkpoint"): r for r in results}.values():
         if cost := run_cost(r):
@@ -172,7 +176,8 @@ def relative_costs(
             if r["method"] == "simclr":
                 names.append("SimCLR")
             for name in names:
-                costs.setdefault(name, []).append((cost[0] / r["epochs"], cost[1]))
+                seconds = cost[0] / (r["step"] * r["batch_size"])
+                costs.setdefault(name, []).append((seconds, cost[1]))
     base = [statistics.mean(values) for values in zip(*costs.pop("SimCLR", []))]
     for name, found in costs.items():
         for what, theirs, values in zip(("time", "memory"), base, zip(*found)):
