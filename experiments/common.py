@@ -13,7 +13,7 @@ from torch import Tensor
 
 import data
 from evaluate import Pretrained, autocast, extract, load_pretrained, read_checkpoint
-from metadata import FIELDS, POSTER, BadInput, parse_numbers
+from metadata import FIELDS, POSTER, BadInput, parse_numbers, survey
 
 EARTH_RADIUS = 6371.0  # km
 Splits = tuple[data.Split, data.Split]
@@ -21,6 +21,12 @@ Features = tuple[dict[str, Tensor], dict[str, Tensor]]  # of the two splits, as 
 
 # --------------------------------------------------------------------------------------------------
 # Commands
+
+
+def devices() -> list[str]:
+    """What --device may be on this machine; the last one is the default."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return ["cpu", *gpus, *["cuda"][: len(gpus)]]
 
 
 def arguments(text: str, output: bool = True) -> argparse.ArgumentParser:
@@ -31,7 +37,7 @@ def arguments(text: str, output: bool = True) -> argparse.ArgumentParser:
     if output:
         parser.add_argument("--output", type=Path, help="append a JSON line a result to this file")
     parser.add_argument("--workers", type=int, default=8, help="processes that decode images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=devices(), default=devices()[-1])
     return parser
 
 
@@ -40,6 +46,8 @@ def open_run(run: Path, args: argparse.Namespace) -> tuple[Pretrained, Splits]:
     path = run
     if run.is_dir():
         path = run / "checkpoint.pt"
+    if args.workers < 0:
+        raise BadInput(f"--workers {args.workers}: 0 or more")
     p = load_pretrained(path, torch.device(args.device))
     if not args.data and "data" not in p.about:
         raise BadInput(f"{path} names no dataset; give one with --data")
@@ -53,9 +61,12 @@ def open_run(run: Path, args: argparse.Namespace) -> tuple[Pretrained, Splits]:
     return p, splits
 
 
-def needs_metadata(p: Pretrained) -> None:
+def needs_metadata(p: Pretrained, splits: Splits) -> None:
     if p.reader is None:
         raise BadInput(f"{p.about.get('checkpoint')}: {p.about.get('method')} reads no metadata")
+    found = survey(splits[1], p.reader.fields).readable
+    if not any(found.values()):
+        raise BadInput(f"{splits[1].path}: {', '.join(found)} missing in every row")
 
 
 def both_features(p: Pretrained, splits: Splits, workers: int) -> Features:

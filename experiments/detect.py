@@ -48,14 +48,18 @@ def read_chips(split: data.Split, rows: list[int], size: int) -> list[tuple[Tens
 def retinanet(encoder: nn.Module, classes: int, size: int, statistics: tuple) -> RetinaNet:
     """As torchvision.models.detection.retinanet_resnet50_fpn: Lin et al., 2017.
 
-    NOTE[PAPER] anchors of 32 to 813 px are torchvision's; batch norm is trained, at 4 images."""
+    NOTE[PAPER] anchors of 32 to 813 px are torchvision's; batch norm is trained, at 4 images.
+    Anchors take the features' type, which autocast halves: they would be off by up to 2 px."""
     levels = {"layer2": "0", "layer3": "1", "layer4": "2"}
     extra = LastLevelP6P7(256, 256)
     backbone = BackboneWithFPN(encoder, levels, [512, 1024, 2048], 256, extra)
-    return RetinaNet(
+    model = RetinaNet(
         backbone, classes, min_size=size, max_size=size, image_mean=list(statistics[0]),
         image_std=list(statistics[1]), detections_per_img=DETECTIONS,
     )  # fmt: skip
+    in_float32 = lambda _, inputs: (inputs[0], [x[:, :1].float() for x in inputs[1]])  # noqa: E731
+    model.anchor_generator.register_forward_pre_hook(in_float32)
+    return model
 
 
 def on_device(batch: list[tuple[Tensor, dict]], device: torch.device) -> tuple[list, list]:

@@ -12,7 +12,8 @@ encoder.json says how to build the network and standardise its input. In timm:
     mean, std = (torch.tensor(about[name])[:, None, None] for name in ("mean", "std"))
     features = vit((images - mean) / std)  # images [B, 3, side, side], RGB in 0..1
 
-With --features: train.npy and test.npy, float32 [n, D], and train.json and test.json, their files.
+With --features: train.npy and test.npy, float32 [n, D], and train.json and test.json, their files;
+as evaluate.py does, they standardise DATA with its own mean and std.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import torch
 
 import data
 from evaluate import extract, load_pretrained, read_checkpoint
+from experiments.common import devices
 from metadata import BadInput
 from model import VITS
 
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--features", type=Path, metavar="DATA", help="dataset whose features it "
                         "writes, too")
     parser.add_argument("--workers", type=int, default=8, help="processes that decode images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=devices(), default=devices()[-1])
     args = parser.parse_args(argv)
     with data.errors_in_one_line():
         if args.features and not args.features.is_dir():
@@ -84,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
         write(args.out / "encoder.json", json.dumps(describe(state), indent=1).encode())
         if splits:
             p = load_pretrained(path, torch.device(args.device))
-            p.statistics, p.reader = state.get("own_statistics") or state["statistics"], None
+            p.reader, options = None, (splits[0], p.image_size, args.workers)
+            p.statistics = p.statistics or data.channel_statistics(*options)
             for name, split in zip(("train", "test"), splits):
                 features = extract(p, split, args.workers)["image"].cpu().numpy()
                 buffer = io.BytesIO()

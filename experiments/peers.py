@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with data.errors_in_one_line():
         for work in (augmentation, networks, classifiers):
-            work(args.pairs)
+            work(max(2, args.pairs))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import data
 from evaluate import autocast
 from experiments import transfer
 from experiments.masks import NONE, Pair, choose, find_pairs, read_pair
-from experiments.results import append
+from experiments.results import append, percent
 from metadata import BadInput
 from prepare.loop import progress
 
@@ -147,7 +147,9 @@ def score(model: nn.Module, pairs: list[Pair], args, statistics: tuple) -> dict:
             predicted = logits(model, images, statistics).argmax(1).cpu()
             counts += confusion(predicted, true, classes)
     ious, accuracy = class_ious(counts), counts.diagonal().sum() / counts.sum()
-    return {"mIoU": ious.mean().item(), "IoUs": ious.tolist(), "pixel_accuracy": accuracy.item()}
+    numbers = counts.sum(1).nonzero()[:, 0].tolist()
+    by_class = {str(number): iou for number, iou in zip(numbers, ious.tolist())}
+    return {"mIoU": ious.mean().item(), "IoUs": by_class, "pixel_accuracy": accuracy.item()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -182,8 +184,8 @@ def main(argv: list[str] | None = None) -> None:
         train(model, pairs[0], args, about, statistics)
         row = about | score(model, pairs[1], args, statistics)
         append(args.output / "results.jsonl", [row])
-        ious = " ".join(f"{100 * iou:.1f}" for iou in row["IoUs"])
-        print(f"mIoU {100 * row['mIoU']:.1f} %; of the classes in the test masks: {ious}")
+        ious = ", ".join(f"class {number} {percent(iou)}" for number, iou in row["IoUs"].items())
+        print(f"mIoU {percent(row['mIoU'])} %; {ious}")
 
 
 if __name__ == "__main__":

@@ -321,6 +321,11 @@ def test_the_detector_is_torchvisions_with_our_encoder_all_of_it_trained():
     seen = ours.transform([image])[0].tensors[0, :, :416, :416]
     expected = data.standardise(image, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     torch.testing.assert_close(seen, expected, atol=1e-4, rtol=1e-4)
+    images, anchors = ours.transform([image])[0], []
+    for dtype in (torch.float32, torch.bfloat16):  # autocast's features
+        features = [torch.zeros(1, 256, n, n, dtype=dtype) for n in (52, 26, 13, 7, 4)]
+        anchors.append(ours.anchor_generator(images, features)[0])
+    assert torch.equal(*anchors), "not rounded to the features' type"
 
 
 def test_detect_from_the_distribution_to_a_row(source, tmp_path, capsys):

@@ -237,7 +237,7 @@ def test_a_resumed_run_equals_one_without_a_break(spacenet, tmp_path):
     keeper.join()
     (row,) = map(json.loads, (whole / "results.jsonl").read_text().splitlines())
     assert row["train"] == 8 and row["test"] == 2 and row["protocol"] == "segment"
-    assert 0 < row["mIoU"] < 1 and row["mIoU"] == pytest.approx(sum(row["IoUs"]) / 2)
+    assert 0 < row["mIoU"] < 1 and row["mIoU"] == pytest.approx(sum(row["IoUs"].values()) / 2)
 
     assert torch.load(files[1])["epoch"] == 1
     segment.main([*argv, str(killed)])

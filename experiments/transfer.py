@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import data
 from evaluate import autocast, contents_of, half_precision, load_pretrained, read_checkpoint
+from experiments.common import devices
 from metadata import BadInput
 from model import build_image_encoder
 from prepare.loop import progress
@@ -37,22 +38,20 @@ from train import save
 def arguments(text: str, source: str, epochs: int) -> argparse.ArgumentParser:
     """CHECKPOINT SOURCE --epochs --output --seed --device --workers."""
     parser = argparse.ArgumentParser(description=text.split("\n")[0], allow_abbrev=False)
-    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
     add("checkpoint", help="a run with --vit resnet50, what prepare.weights wrote, or: random")
     add("source", type=Path, help=source)
     add("--output", type=Path, required=True, help="folder of this run; an existing one resumes")
     add("--epochs", type=int, default=epochs, help=f"over the training images ({epochs})")
     add("--seed", type=int, default=0, help="of order, new layers, random weights (0)")
-    add("--device", default=device, help="cuda, cuda:1 or cpu (default: cuda if there is one)")
+    add("--device", choices=devices(), default=devices()[-1])
     add("--workers", type=int, default=8, help="processes that read images, at most the cores (8)")
     return parser
 
 
 def check(args: argparse.Namespace) -> torch.device:
-    gpus = range(torch.cuda.device_count())
-    known = ["cpu", *["cuda"][: len(gpus)], *(f"cuda:{i}" for i in gpus)]
-    if args.epochs < 1 or args.workers < 0 or args.seed < 0 or args.device not in known:
-        raise BadInput(f"--epochs: 1 or more; --seed, --workers: 0 or more; --device: {known}")
+    if args.epochs < 1 or args.workers < 0 or args.seed < 0:
+        raise BadInput("--epochs: 1 or more; --seed, --workers: 0 or more")
     return torch.device(args.device)
 
 
