@@ -5,8 +5,9 @@
 
 A test image is compared with a gallery of metadata that vary one field alone, all others missing:
 the field's values in the training split. Similarities times the model's scale give, by softmax, a
-posterior over the gallery; values with one answer add up. So the prior is that of training. Asked
-are the paper's fields timestamp, gsd, country_code and location, not others of one's own.
+posterior over the gallery. Probabilities of all values with the same answer, say July, are summed,
+so answers that are frequent in training are favoured. Asked are the paper's fields timestamp, gsd,
+country_code and location, not others of one's own.
 """
 
 from collections import Counter
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     with data.errors_in_one_line():
         for run in args.run:
             p, splits = open_run(run, args)
-            needs_metadata(p)
+            needs_metadata(p, splits)
             images = embed(p, {"image": extract(p, splits[1], args.workers)["image"]})["image"]
             known = [field.name for field in p.reader.fields]
             others = ", ".join(name for name in known if name not in FIELD.values())
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
                 count = str(r.get("classes", "places"))
                 lines.append([name, question, right, chance, count, f"{r['test']:,}"])
             if args.places and not places(p, splits, args.workers, args.places):
-                raise BadInput(f"--places: no image of {splits[1].folder} has a location")
+                raise BadInput(f"--places: {run} reads no location, or {splits[1].path} has none")
         if len(lines) == 1:
             raise BadInput(f"no row has any of {', '.join(sorted(set(FIELD.values())))} to ask for")
         print(markdown(lines))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-from evaluate import score_features
+from evaluate import labelled, score_features
 from experiments.common import Splits, location, unit_sphere
 from experiments.results import SCORED, append
 from experiments.tables import general_tables
@@ -73,8 +73,10 @@ def main(argv: list[str] | None = None) -> None:
                 "identity": identity(splits, args.fields, folder),
             }  # fmt: skip
             for label in data.label_names(splits[0]):
-                classes, y = data.class_ids(label, *splits)
+                classes, y = labelled(label, splits)
                 for name, pair in features.items():
+                    if not classes or not pair[1].any():  # no test image has any metadata
+                        continue
                     about = {"method": name, "data": str(folder), "label": label}
                     about["features"] = "metadata" if name != "histograms" else "image"
                     for protocol in SCORED[:2]:

@@ -7,12 +7,11 @@
 
 On the demo data, three seeds (few-labels: five). It runs commands of this repository and prints
 each, so that any can be pasted. A finished score is known by its row in experiments/evidence.jsonl
-or in runs/evidence/scores.jsonl, where new ones go; a finished run by its log; train.py itself
-resumes a run that was stopped midway. Another --folder runs all of it anew.
+or in runs/evidence/scores.jsonl, where new ones go; a finished run by its checkpoint. train.py
+itself resumes a run that was stopped midway. Another --folder runs all of it anew.
 """
 
 import argparse
-import json
 import shlex
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
+from evaluate import read_checkpoint
 from experiments.results import missing
 from metadata import BadInput
 
@@ -79,12 +79,11 @@ STUDIES = {
 
 
 def finished(folder: Path, epochs: int) -> bool:
-    """Whether a run's log has its last epoch, and its checkpoint is there."""
-    path = folder / "log.jsonl"
-    if not path.is_file() or not (folder / "checkpoint.pt").is_file():
+    """Whether a run's checkpoint is of its last epoch."""
+    if not (folder / "checkpoint.pt").is_file():
         return False
-    last = max((json.loads(line).get("epoch", 0) for line in path.open()), default=0)
-    return last >= epochs
+    log = read_checkpoint(folder)["log"]
+    return bool(log) and log[-1]["epoch"] >= epochs
 
 
 def training(run: Run, seed: int, args: argparse.Namespace) -> list[str]:
@@ -123,7 +122,7 @@ def scoring(study: str, run: Run, seed: int, args: argparse.Namespace) -> list[s
         asked.append(({"protocol": "finetune"}, f"{evaluate} --protocol finetune{random}"))
     if study == "leakage":
         asked.append(({"protocol": "leakage"}, f"-m experiments.leakage {where}"))
-    about = {"checkpoint": str(path), "epochs": args.epochs or run.epochs}
+    about = {"checkpoint": str(path), "epochs": args.epochs or run.epochs, "data": str(args.data)}
     for wanted, command in asked:
         if missing(missing([about | wanted], RESULTS), args.output):
             commands.append(command)

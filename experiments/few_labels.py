@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import data
-from evaluate import Pretrained, extract, knn, score, with_random_weights
+from evaluate import Pretrained, extract, knn, labelled, score, with_random_weights
 from experiments.baselines import histograms
 from experiments.common import Splits, arguments, open_run
 from experiments.results import append, class_name, missing, model_name, percent
@@ -52,8 +52,7 @@ def wanted_rows(about: dict, sizes: dict[str, int], subsets: int) -> list[dict]:
         for count, k in COUNTS:
             row = {"method": about["method"], "data": about["data"], "label": label, "k": k}
             row |= {"protocol": "few-labels", "labelled": count or size, "asked": subsets}
-            if "checkpoint" in about:
-                row["checkpoint"] = about["checkpoint"]
+            row |= {name: about[name] for name in ("checkpoint", "step") if name in about}
             if k <= row["labelled"] <= size:
                 rows.append(row)
     return rows
@@ -83,7 +82,7 @@ def models(p: Pretrained, args) -> list[tuple[dict, Pretrained | None]]:
     if args.random:
         random = with_random_weights(p)
         name = f"untrained {p.about.get('vit')}, seed {p.about.get('seed')}"
-        found.append((random.about | {"checkpoint": name}, random))
+        found.append((random.about | {"checkpoint": name, "step": 0}, random))
     if args.histograms:
         found.append(({"method": "histograms", "data": p.about["data"]}, None))
     return found
@@ -108,7 +107,9 @@ def main(argv: list[str] | None = None) -> None:
             p, splits = open_run(run, args)
             labels = {}
             for label in data.label_names(splits[0]):
-                labels[label] = data.class_ids(label, *splits)
+                classes, y = labelled(label, splits)
+                if classes:
+                    labels[label] = (classes, y)
             sizes = {label: int((y[0] >= 0).sum()) for label, (_, y) in labels.items()}
             for about, model in models(p, args):
                 rows = wanted_rows(about, sizes, args.subsets)

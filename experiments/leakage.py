@@ -9,7 +9,7 @@ there only near to training images is the neighbourhood's, not the place's.
 
 
 import data
-from evaluate import Pretrained, knn, linear_probe, modality
+from evaluate import Pretrained, knn, labelled, linear_probe, modality
 from experiments.common import (
     Features, Splits, arguments, both_features, location, nearest_km, open_run, unit_sphere,
 )  # fmt: skip
@@ -80,9 +80,10 @@ def main(argv: list[str] | None = None) -> None:
             p, splits = open_run(run, args)
             features, found = both_features(p, splits, args.workers), []
             for label in data.label_names(splits[0]):
-                found += [p.about | r for r in leakage(p, splits, features, label, args.bins)]
+                if labelled(label, splits)[0]:
+                    found += [p.about | r for r in leakage(p, splits, features, label, args.bins)]
             if not found:
-                raise BadInput(f"{splits[0].path}: no label to score")
+                raise BadInput(f"{splits[1].path}: no label to score")
             append(args.output, found)
             print(f"{run}\n{table(found)}")
 

@@ -2,15 +2,15 @@
 
     python -m experiments.missing runs/satmips --output missing.jsonl
 
-Fitted once, on complete training rows. Test rows lose each field with some probability, or one
-field everywhere; beside it the image alone, which needs none.
+Fitted once, on the training rows as they are. Test rows lose each field with some probability, or
+one field everywhere; beside it the image alone, which needs none.
 """
 
 import numpy as np
 import torch
 
 import data
-from evaluate import Pretrained, linear_probe, modality, score
+from evaluate import Pretrained, labelled, linear_probe, modality, score
 from experiments.common import (
     Features, Splits, arguments, both_features, metadata_features, needs_metadata, open_run,
 )  # fmt: skip
@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     with data.errors_in_one_line():
         for run in args.run:
             p, splits = open_run(run, args)
-            needs_metadata(p)
-            labels = data.label_names(splits[0])
+            needs_metadata(p, splits)
+            labels = [name for name in data.label_names(splits[0]) if labelled(name, splits)[0]]
             if not labels:
                 raise BadInput(f"{splits[0].path}: no label to score")
             features = both_features(p, splits, args.workers)

@@ -57,6 +57,8 @@ def neighbours(p: Pretrained, splits: Splits, label: str, workers: int, path: Pa
     train, test = splits
     train_names, test_names = (split.columns(label)[0] for split in splits)
     chosen = spread([i for i, name in enumerate(test_names) if name is not None], SHOWN)
+    if not chosen:
+        return print(f"{test.path}: no {label}, no {path.name}")
     bank = Rows(train, spread(list(range(len(train))), BANK))
     x = F.normalize(extract(p, bank, workers)["image"], dim=1)
     queries = F.normalize(extract(p, Rows(test, chosen), workers)["image"], dim=1)
@@ -108,12 +110,12 @@ def window(known: list[list[float]]) -> tuple[float, float, float, float]:
 @torch.no_grad()
 def places(p: Pretrained, splits: Splits, workers: int, path: Path) -> bool:
     """Each image's embedding beside that of its own metadata with the location replaced by every
-    place of a grid -> whether any test image has a location."""
+    place of a grid -> whether the model reads locations, and a test image has one."""
     train, test = splits
     rows = spread(list(range(len(test))), 200)
     chosen = spread([i for i in rows if location(test[i])], SHOWN)
     known = [place for place in map(location, train) if place]
-    if not chosen or not known:
+    if not chosen or not known or not any(f.name == "location" for f in p.reader.fields):
         return False
     west, east, south, north = window(known)
     x, y = np.linspace(west, east, 145)[1::2], np.linspace(north, south, 55)[1::2]
@@ -189,10 +191,8 @@ def main(argv: list[str] | None = None) -> None:
             if labels:
                 label = args.label or labels[0]
                 neighbours(p, splits, label, args.workers, folder / "neighbours.png")
-            fields = p.reader.fields if p.reader else ()
-            if any(field.name == "location" for field in fields):
-                places(p, splits, args.workers, folder / "places.png")
-            elif not labels:
+            drawn = p.reader and places(p, splits, args.workers, folder / "places.png")
+            if not labels and not drawn:
                 print(f"{folder}: neither labels nor places to draw")
 
 

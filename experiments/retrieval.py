@@ -14,30 +14,30 @@ from experiments.results import append, markdown, model_name, percent
 KS = (1, 5, 10)
 
 
-def ranks(queries: Tensor, gallery: Tensor) -> Tensor:
-    """Rank [n], from 1, of gallery row i among all n for query i; both [n, E] unit vectors.
-
-    Of equal similarities (images that share their metadata) half are counted before: the mean over
-    their orders.
-    """
+def ranks(queries: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of all n gallery rows are more similar to query i than row i is [n], and how many
+    others are as similar (images that share their metadata) [n]; both [n, E] unit vectors."""
     found, chunk = [], max(1, 2**26 // len(gallery))
     for start in range(0, len(queries), chunk):
         similarity = queries[start : start + chunk] @ gallery.T
         own = similarity.diagonal(start)[:, None]
         equal = (similarity == own).sum(dim=1) - 1
-        found.append(1 + (similarity > own).sum(dim=1) + equal / 2)
-    return torch.cat(found)
+        found.append(torch.stack([(similarity > own).sum(dim=1), equal]))
+    above, equal = torch.cat(found, dim=1).double()
+    return above, equal
 
 
 def retrieval(embeddings: dict[str, Tensor]) -> list[dict]:
-    """Both ways: share of rank at most k for each of KS, and the median rank."""
+    """Both ways: share of rank at most k for each of KS, and the median rank, both as the mean over
+    the orders of equally similar rows."""
     results = []
     for query, gallery in (("image", "metadata"), ("metadata", "image")):
-        rank = ranks(embeddings[query], embeddings[gallery])
+        above, equal = ranks(embeddings[query], embeddings[gallery])
         result = {"features": f"{query} to {gallery}", "label": "own", "protocol": "retrieval"}
         for k in KS:
-            result[f"recall_{k}"] = (rank <= k).double().mean().item()
-        results.append(result | {"median_rank": rank.median().item(), "test": len(rank)})
+            result[f"recall_{k}"] = ((k - above) / (equal + 1)).clamp(0, 1).mean().item()
+        median = (1 + above + equal / 2).median().item()
+        results.append(result | {"median_rank": median, "test": len(above)})
     return results
 
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     with data.errors_in_one_line():
         for run in args.run:
             p, splits = open_run(run, args)
-            needs_metadata(p)
+            needs_metadata(p, splits)
             found = retrieval(embed(p, extract(p, splits[1], args.workers)))
             append(args.output, [p.about | r for r in found])
             for r in found:

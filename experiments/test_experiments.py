@@ -5,6 +5,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import io
 import itertools
@@ -12,6 +13,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+import evaluate
 import train
 from experiments import (
     ask, baselines, common, cost, evidence, export, few_labels, figures, gains, leakage, missing,
@@ -109,17 +112,19 @@ def opened(run: Path, dataset: Path):
 
 
 def made_results(folder: Path) -> list[dict]:
-    """What scoring three methods at two lengths, with two seeds, might write."""
+    """What scoring three methods at two lengths, with two seeds, the second one on half of the
+    images, might write."""
     found = []
     methods = ("simclr", "satmip", "satmips")
     for method, epochs, seed in itertools.product(methods, (25, 50), (0, 1)):
         path = folder / f"{method} {epochs} {seed}"
         path.mkdir(parents=True, exist_ok=True)
-        seconds = 10 * {"simclr": 1.0, "satmip": 0.5, "satmips": 1.25}[method] * epochs
-        entry = {"step": 9, "epoch": epochs, "seconds": seconds, "memory": seconds / epochs}
+        cost, steps = {"simclr": 1.0, "satmip": 0.5, "satmips": 1.25}[method], epochs * (2 - seed)
+        entry = {"step": steps, "epoch": epochs, "seconds": cost * steps, "memory": cost}
         (path / "log.jsonl").write_text(json.dumps(entry) + '\n{"step": 9, "knn": 0.5}\n')
         config = train.parse_config(["--method", method, "--data", "x", "--epochs", str(epochs)])
         common_ = vars(config) | {"checkpoint": str(path / "checkpoint.pt"), "seed": seed}
+        common_["step"] = steps
         common_ |= {"fields": "gsd,timestamp,location", "metadata_encoder": "table"}
         for data_, label in (("x/fmow", "label"), ("data/demo", "label_climate")):
             r = common_ | {"data": data_, "label": label, "test": 9, "features": "image"}
@@ -177,13 +182,21 @@ def test_tables_of_the_paper(result_file):
     assert two[0][-1] == "demo climate k=5"
     assert text.endswith("Here (the paper): metadata_encoder table (text); epochs 25 (200)\n")
     assert "relative" not in said(tables.main, path, "--paper", "S8")
-    eight = rows_of(said(tables.main, path, "--paper", "S8"))
-    assert eight[0][1:5] == ["time", "paper: time", "memory", "paper: memory"]
-    assert eight[3][1:5] == ["1.25", "1.05", "1.25", "1.11"], "of each run's log.jsonl"
+    head, *eight = rows_of(said(tables.main, path, "--paper", "S8"))
+    assert head[1:] == ["time", "paper: time", "memory", "paper: memory"]
+    eight = {row[0]: row[1:] for row in eight}
+    assert eight["satmips (table)"] == ["1.25", "", "1.25", ""], "of each run's log.jsonl, a sample"
+    assert eight["satmips (text)"] == ["", "1.05", "", "1.11"], "theirs is text alone"
     five = rows_of(said(tables.main, path, "--paper", 5))
     assert five[8][:5] == ["satmip fields=all", "", "50.7 ± 0.1", "58.0 ± 0.2", "78.6 ± 0.1"]
     six = rows_of(said(tables.main, path, "--paper", "S6"))
     assert six[0][1:3] == ["fMoW 25 epochs F1", "paper: fMoW 25 epochs F1"]
+    row = json_lines(path)[0] | {"k": 100, "macro_f1": 0.125}
+    more = [row | {"averaged": "areas"}, row | {"method": "random", "metadata": False}]
+    results.append(path.with_name("more.jsonl"), more)
+    rows = rows_of(said(tables.main, path, path.with_name("more.jsonl"), "--paper", 2))
+    assert rows[1][:2] == ["simclr", "55.0 ± 7.1"], "not the score of areas"
+    assert ["untrained", "12.5"] in [row[:2] for row in rows], "Random of the paper"
     text = said(tables.main, result_file("alone", method="satmip"), "--paper", "S8")
     assert "time, memory: no log of a run of simclr" in text and "35.0" not in text
 
@@ -262,6 +275,8 @@ def test_gains_are_paired_by_seed(tmp_path):
     assert "--over x: no result has its seed and epochs; there are simclr, satmips" in refusal(
         gains.main, path, "--over", "x"
     )
+    results.append(path, [made[0] | {"checkpoint": "another"}])
+    assert "both seed 0" in refusal(gains.main, path)
 
 
 def test_tables_refuse_what_they_cannot_tell_apart(result_file, tmp_path):
@@ -276,6 +291,13 @@ def test_tables_refuse_what_they_cannot_tell_apart(result_file, tmp_path):
     results.append(tmp_path / "again.jsonl", again)
     rows = rows_of(said(tables.main, short, tmp_path / "again.jsonl", "--paper", 2))
     assert rows[1][1] == "12.5 ± 0.0", "of a checkpoint that was scored twice the last counts"
+    (once,) = [r for r in again[:4] if r.get("k") == 100]
+    weights = [once | {"method": "mocov2", "checkpoint": f"weights/{i}.pt"} for i in (1, 2)]
+    sizes = [once, once | {"image_size": 256}]
+    for name, made, needle in (("weights", weights, "1.pt and weights/2.pt are both"),
+                               ("sizes", sizes, "image_size 224 and 256")):
+        results.append(tmp_path / f"{name}.jsonl", made)
+        assert needle in refusal(tables.main, tmp_path / f"{name}.jsonl", "--paper", 2)
 
 
 def test_tables_of_real_runs(run):
@@ -317,6 +339,13 @@ def test_axes_end_at_100_percent(result_file, tmp_path, monkeypatch):
     figures.main(["epochs", str(tmp_path / "rows.jsonl"), "--output", "x.png", "--k", "5"])
     axes = drawn[0].axes
     assert len(axes) == 4 and all(axis.get_ylim()[1] == 100 for axis in axes)
+    left = [r for r in rows if r["method"] == "simclr" or r["label"] == "label_climate"]
+    results.append(tmp_path / "left.jsonl", left)
+    figures.main(["epochs", str(tmp_path / "left.jsonl"), "--output", "x.png", "--k", "5"])
+    colours = [axis.get_legend_handles_labels() for axis in drawn[1].axes]
+    colours = [{name: mark[0].get_color() for mark, name in zip(*pair)} for pair in colours]
+    assert [len(found) for found in colours] == [1, 1, 3, 3], "SimCLR alone on the first label"
+    assert all(found.items() <= colours[-1].items() for found in colours), "one legend for all"
     assert "--metric top5" in refusal(
         figures.main, "epochs", tmp_path / "rows.jsonl", "--output", "x", "--metric", "top5"
     )
@@ -413,10 +442,14 @@ def test_ranks_equal_a_loop():
         nearer = sum(s > similarity[i] + 1e-12 for s in similarity)
         equal = sum(abs(s - similarity[i]) <= 1e-12 for s in similarity) - 1
         expected.append(1 + nearer + equal / 2)
-    assert retrieval.ranks(images, metadata).tolist() == expected
+    above, equal = retrieval.ranks(images, metadata)
+    assert (1 + above + equal / 2).tolist() == expected
     there, back = retrieval.retrieval({"image": images, "metadata": metadata})
     assert there["features"] == "image to metadata" and back["features"] == "metadata to image"
-    assert there["recall_5"] == np.mean(np.array(expected) <= 5)
+    assert there["median_rank"] == sorted(expected)[14]
+    shared = torch.eye(4).repeat(3, 1)  # perfect, but three images share each caption
+    found, _ = retrieval.retrieval({"image": shared, "metadata": shared})
+    assert found["recall_1"] == pytest.approx(1 / 3) and found["recall_5"] == 1
 
 
 def test_retrieval_needs_metadata(run, tmp_path):
@@ -424,6 +457,42 @@ def test_retrieval_needs_metadata(run, tmp_path):
     assert rows_of(text)[1][:2] == ["satmips (table), seed 0", "image to metadata"]
     assert len(json_lines(tmp_path / "x" / "r.jsonl")) == 2
     assert "simclr reads no metadata" in refusal(retrieval.main, run("simclr"), *CPU)
+    assert "--workers -1" in refusal(retrieval.main, run("simclr"), "--workers", -1)
+
+
+@pytest.fixture()
+def bare(dataset, tmp_path) -> Path:
+    """The dataset without metadata and labels in test/."""
+    folder = shutil.copytree(dataset, tmp_path / "bare")
+    lines = [json.dumps({"file_name": f"{i}.png"}) + "\n" for i in range(16)]
+    (folder / "test/metadata.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_a_test_split_without_labels_or_metadata(run, bare, capsys):
+    """Refused in a line, or left out: no score of nothing, no NaN."""
+    asked = (run("satmips"), "--data", bare, *CPU)
+    for script in (missing, retrieval, ask):
+        assert "gsd, timestamp, location missing in every row" in refusal(script.main, *asked)
+    assert "no label to score" in refusal(few_labels.main, *asked)
+    assert "no label to score" in refusal(baselines.main, bare, "--workers", 0)
+    assert "no label to score" in refusal(leakage.main, *asked)
+    pictures.main(list(map(str, (run("simclr"), "--data", bare, *CPU))))
+    assert "no label_kind, no neighbours.png" in capsys.readouterr().out
+
+
+def test_no_map_of_a_run_that_reads_no_location(run, dataset, tmp_path):
+    p, splits, _ = opened(run("satmips"), dataset)
+    p.reader = dataclasses.replace(p.reader, fields=p.reader.fields[:1])
+    assert not pictures.places(p, splits, 0, tmp_path / "map.png")
+
+
+def test_an_unfinished_run_is_no_run_of_its_full_length(run, tmp_path):
+    state = torch.load(run("simclr") / "checkpoint.pt")
+    state["config"]["epochs"] = 3  # of which one is done
+    torch.save(state, tmp_path / "checkpoint.pt")
+    p = evaluate.load_pretrained(tmp_path / "checkpoint.pt", torch.device("cpu"))
+    assert p.about["epochs"] == 1 and p.about["step"] == 3
 
 
 def test_answers_of_records():
@@ -624,12 +693,11 @@ def test_evidence_says_what_is_missing(tmp_path):
     assert kinds == [*once, *once, "experiments.variants", *once, "0"]
     folder = tmp_path / "simclr-0"
     folder.mkdir()
-    (folder / "checkpoint.pt").touch()
-    (folder / "log.jsonl").write_text('{"step": 1, "epoch": 4}\n{"step": 1, "knn": 0}\n')
+    torch.save({"log": [{"epoch": 4.0}]}, folder / "checkpoint.pt")
     assert said(evidence.main, *argv).splitlines()[:-1] == lines[1:-1], "its last epoch is there"
-    (folder / "log.jsonl").write_text('{"step": 1, "epoch": 3}\n')
-    row = {"checkpoint": str(folder / "checkpoint.pt"), "features": "image", "data": "demo",
-           "label": "label_climate", "method": "simclr", "epochs": 8}  # fmt: skip
+    torch.save({"log": [{"epoch": 3.0}]}, folder / "checkpoint.pt")
+    row = {"checkpoint": str(folder / "checkpoint.pt"), "features": "image", "epochs": 8,
+           "label": "label_climate", "method": "simclr", "data": str(tmp_path / "demo")}
     results.append(tmp_path / "scores.jsonl", [row | {"protocol": "linear"}])
     assert said(evidence.main, *argv).splitlines() == lines, "scores of another length"
     row["epochs"] = 4
