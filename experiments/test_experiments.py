@@ -265,6 +265,10 @@ def test_gains_are_paired_by_seed(tmp_path):
         ["satmips, epochs=4, trained_on=demo-shuffled, image", "-12.5 ± 17.7, 0 of 2"],
         ["satmips, epochs=4, trained_on=demo-fine, image", "+18.8 ± 8.8, 2 of 2"],
     ]
+    rows = rows_of(said(gains.main, path, "--over", "satmips, epochs=4, trained_on=demo-shuffled"))
+    assert rows[2] == ["satmips, epochs=4, trained_on=demo, image", "+12.5 ± 0.0, 2 of 2"]
+    rows = rows_of(said(gains.main, path, "--over", "satmips, epochs=4"))
+    assert ["satmips, epochs=8, trained_on=demo, image", "+37.5 ± 0.0, 2 of 2"] in rows
     longer = [r | {"transfer_epochs": 9} for r in transfer_rows() if r["protocol"] == "detect"]
     results.append(tmp_path / "longer.jsonl", transfer_rows() + longer)
     names = [row[0] for row in rows_of(said(tables.main, tmp_path / "longer.jsonl"))]
