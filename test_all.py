@@ -1503,7 +1503,7 @@ def test_options_of_evaluate(run, dataset, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "options",
-    "--modality metadata,--modality image both,--label nope,--data nowhere,--image-size 33,"
+    "--modality metadata,--modality both,--label nope,--data nowhere,--image-size 33,"
     "--workers -1,--device cuda:9,--device gpu,--protocol nope,--checkpoint nowhere".split(","),
 )  # fmt: skip
 def test_what_evaluate_refuses(options, run, capsys):
