@@ -83,7 +83,7 @@ def show(found: dict[tuple, float]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("files", type=Path, nargs="+", help="what evaluate.py --output wrote")
-    parser.add_argument("--over", default="simclr", help="model, settings: as tables have them (simclr)")
+    parser.add_argument("--over", default="simclr", help="model, or model and settings (simclr)")
     parser.add_argument("--metric", default="paper", choices=METRICS,
                         help="paper: macro-F1 on fMoW and FGSC-23, else accuracy")  # fmt: skip
     args = parser.parse_args(argv)

@@ -491,6 +491,14 @@ def test_no_map_of_a_run_that_reads_no_location(run, dataset, tmp_path):
     assert not pictures.places(p, splits, 0, tmp_path / "map.png")
 
 
+def test_scoring_runs_with_and_without_metadata_together(run, tmp_path):
+    """--modality image both: of SimCLR's the image alone."""
+    argv = ["--checkpoint", run("simclr"), run("satmips"), "--modality", "image", "both", *CPU]
+    said(evaluate.main, *argv, "--output", tmp_path / "x.jsonl")
+    found = {(r["method"], r["features"]) for r in json_lines(tmp_path / "x.jsonl")}
+    assert found == {("simclr", "image"), ("satmips", "image"), ("satmips", "both")}
+
+
 def test_an_unfinished_run_is_no_run_of_its_full_length(run, tmp_path):
     state = torch.load(run("simclr") / "checkpoint.pt")
     state["config"]["epochs"] = 3  # of which one is done

@@ -22,7 +22,9 @@ BLANKS = {"-", "?", "n/a", "nan", "null", "none", "[]"}  # NA is Namibia
 def is_blank(value: object, label: bool) -> bool:
     """Nothing, as tables write it; a class may be called "none"."""
     text = str(value).strip().lower()
-    return value is None or value != value or not text or (text in BLANKS and not label)
+    if label and text == "none":
+        return value is None
+    return value is None or value != value or not text or text in BLANKS
 
 
 def read_rows(args: argparse.Namespace) -> tuple[list[Row], list[str]]:
@@ -69,12 +71,18 @@ def find_image(name: object, args: argparse.Namespace) -> tuple[Path, str]:
 
 
 def path_column(rows: list[Row], names: list[str], args: argparse.Namespace) -> str:
-    """The first column whose values are images' files."""
+    """The one column whose values are images' files."""
+    found = []
     for name in names:
         for row in rows[:1000]:
             with contextlib.suppress(BadInput):
                 find_image(row.values.get(name), args)
-                return name
+                found.append(name)
+                break
+    if len(found) > 1:
+        raise BadInput(f"{', '.join(found)} name files; --path-column says which are the images")
+    if found:
+        return found[0]
     columns = f"the columns are {printable(', '.join(names), 300)}; --path-column says which"
     raise BadInput(f"no column names files under {args.images}; {columns}")
 
@@ -101,6 +109,10 @@ def check_labels(rows: list[Row], labels: Iterable[str]) -> None:
 
 
 def area_of(row: Row, args: argparse.Namespace) -> str:
+    """What must not be in both splits: its area, else its place, else the image itself."""
+    place = [str(row.values[name]) for name in args.place if name in row.values]
+    if place and args.area not in row.values:
+        return " ".join(place)
     return str(plain_class(row.values.get(args.area, row.values.get(args.path_column)), str(row)))
 
 

@@ -32,7 +32,7 @@ import data
 import evaluate
 import metadata
 import model
-from data import choose_fields, read_dataset
+from data import choose_fields, errors_in_one_line, read_dataset
 from metadata import FIELDS, POSTER, BadInput, TableReader, TextReader, caption, parse_fields
 from prepare import (
     check, demo, eurosat, fields, fmow, own, scenes, show, so2sat, sources, weights, wilds,
@@ -251,6 +251,7 @@ DATES = {
     "2015.9.21 1:02:03.5 +0200": "2015-09-21T01:02:03.500000+02:00", "05.05.2015": "2015-05-05",
     "9/21/2015 25:00": None,
     "03/04/2015": None, "31/31/2015": None, "2015-13-01": None, "page 1\nof 2": None, "abc": None,
+    201509211530: "2015-09-21T15:30:00", 2015092115: None, 1042849408: "2003-01-18T00:23:28Z",
     "123456": None, True: None, 12.5: None, "next week 5": None, "1 Smarch 2015": None,
 }  # fmt: skip
 
@@ -542,6 +543,8 @@ def test_kinds_of_columns():
         "half": ([1, "bad"] * 5, "category"), "several": ([["a"], ["b"]], "skip"),
         "text of several": (["['a', 'b']", "['a']"] * 5, "skip"),
         "stamp": ([1442849408000, 1442849409000], "number"),
+        "Unnamed: 0": (list(range(40)), "skip"), "every other": ([*range(0, 80, 2)], "skip"),
+        "constant": ([7] * 40, "number"), "squares": ([i**2 for i in range(40)], "number"),
     }  # fmt: skip
     for name, (values, kind) in columns.items():
         assert fields.kind_of(values) == kind, name
@@ -692,11 +695,33 @@ def test_several_classes_in_a_cell_are_refused(tmp_path):
 def test_images_of_one_feature_collection_are_dealt_one_by_one():
     """They share the file that they come from, not their fate."""
     options = argparse.Namespace(
-        area="area", path_column="name", split_column="split", test_share=0.2, seed=0
+        area="area", path_column="name", split_column="split", test_share=0.2, seed=0, place=()
     )
     rows = [Row("items.json", {"name": f"{i}.png"}) for i in range(20)]
     sides = [item.split for item in deal(rows, options)]
     assert sides.count("test") == 4 and sides.count("train") == 16
+
+
+def test_a_place_is_in_one_split(tmp_path):
+    """Several dates of a place, without a column that says so; all of one place are dealt, too."""
+    places = {"lon": lambda i: i // 4, "lat": lambda i: 40}
+    argv = table_of(tmp_path, 80, **places)
+    argv[0].write_text(argv[0].read_text().replace("file_name,split", "file_name,fold"))
+    options = ["--types", "fold=skip"]
+    rows = run_own(*argv, tmp_path / "out", *options)
+    found = [{tuple(row["location"]) for row in rows[split]} for split in ("train", "test")]
+    assert len(rows["test"]) == 16 and not found[0] & found[1]
+    argv = table_of(tmp_path, 80, lon=places["lat"], lat=places["lat"])
+    argv[0].write_text(argv[0].read_text().replace("file_name,split", "file_name,fold"))
+    assert len(run_own(*argv, tmp_path / "one", *options)["test"]) == 16
+
+
+def test_of_two_columns_with_files_one_has_to_be_named(tmp_path):
+    argv = table_of(tmp_path, mask=lambda i: f"{i}.png")
+    line = one_line(own.main, *argv, tmp_path / "out")
+    assert "file_name, mask name files; --path-column says which" in line
+    rows = run_own(*argv, tmp_path / "out", "--path-column", "file_name", "--types", "mask=skip")
+    assert rows["train"][0] == {"file_name": "0.png"}
 
 
 def test_labels_areas_and_splits(tmp_path, capsys):
@@ -732,7 +757,7 @@ def test_labels_areas_and_splits(tmp_path, capsys):
 
 
 def test_a_class_that_only_the_test_split_has(tmp_path, capsys):
-    labels = [""] * 3 + [1] * 17 + [1.0] * 3 + ["none"]
+    labels = ["", "nan", "n/a"] + [1] * 17 + [1.0] * 3 + ["none"]
     argv = table_of(tmp_path, label=lambda i: labels[i])
     rows = run_own(*argv, tmp_path / "out")
     assert [row["label"] for row in rows["test"]] == ["1", "1", "1", "none"]
@@ -890,6 +915,7 @@ def test_check_of_sound_and_of_poor_datasets(tmp_path, capsys):
     run_own(*argv, tmp_path / "out")
     path = tmp_path / "out/test/metadata.jsonl"
     rows = [json.loads(line) | {"label": 1.0} for line in path.read_text().splitlines()]
+    rows[0]["area"] = ["a", 1]  # as Partners and average_areas, check takes it as text
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit, match="0"):
         check.main([str(tmp_path / "out"), "--jobs", "0"])
@@ -907,6 +933,12 @@ def test_check_of_sound_and_of_poor_datasets(tmp_path, capsys):
     (tmp_path / "out/train/metadata.jsonl").write_text("")
     assert "no rows" in one_line(check.main, tmp_path / "out")
     assert "no such folder" in one_line(check.main, tmp_path / "none")
+
+
+def test_too_little_memory_is_told_in_a_line():
+    with pytest.raises(SystemExit, match="memory.*; fewer --workers, smaller"):
+        with errors_in_one_line():
+            np.asarray(torch.empty(2**60, dtype=torch.uint8))
 
 
 def test_a_terminal_without_some_letters(tmp_path, monkeypatch):
@@ -1154,7 +1186,7 @@ def test_fmow(fmow_tree, tmp_path, capsys):
     rows = {row["file_name"]: row for row in train_rows}
     poster, every = rows["airport/airport_0/airport_7/airport_0_0_rgb.jpg"], parse_fields("all")
     assert caption(poster, every) == caption(POSTER, every)
-    assert poster["label"] == "airport" and poster["area"] == "airport_0"
+    assert poster["label"] == "airport" and poster["area"] == "train/airport_0"
     image = Image.open(fmow_tree / "train/airport/airport_0/airport_0_0_rgb.jpg")
     expected = opencv_resize(np.asarray(image.crop(POSTER_CROP), np.float64), 224)
     buffer = io.BytesIO()
@@ -1315,8 +1347,8 @@ def test_wilds(tmp_path, capsys):
     table.write_text("\n".join(lines) + "\n")
     train_rows, test_rows, bad = run_source(wilds, tmp_path / "wilds", tmp_path / "out")
     assert [r["file_name"] for r in train_rows] == ["rgb_img_0.png", "rgb_img_2.png"]
-    row = {"location": [72.0, -3.5], "area": "airport_hangar_0", "label": "airport_hangar"}
-    row |= {"country_code": "XKX", "timestamp": "2015-03-02T10:00:00Z"}
+    row = {"location": [72.0, -3.5], "area": "train/airport_hangar_0"}
+    row |= {"label": "airport_hangar", "country_code": "XKX", "timestamp": "2015-03-02T10:00:00Z"}
     assert train_rows[1].items() >= row.items() and len(test_rows) == 1 and bad == []
     out = capsys.readouterr().out
     assert "no ground sample distance" in out and "1 left out: false detections" in out
@@ -1437,6 +1469,10 @@ def test_so2sat(tmp_path):
     assert labels == ["water", "compact high-rise", "compact low-rise"] and len(test_rows) == 2
     pixel = np.asarray(Image.open(tmp_path / "out/train" / train_rows[0]["file_name"]))[3, 3]
     assert pixel.tolist() == [round(v * 255 / 0.275) for v in (0.1, 0.05, 0)]
+    shutil.copytree(tmp_path / "in/culture_10", tmp_path / "in/block")
+    line = refused_by(so2sat, tmp_path / "in", tmp_path / "x")
+    assert "block/training.h5" in line and "give the folder of one, culture_10's" in line
+    shutil.rmtree(tmp_path / "in/block")
     path = tmp_path / "in/culture_10/testing.h5"
     path.unlink()  # HDF5 knows an open file again by its inode
     path.write_bytes(b"half")

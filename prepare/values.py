@@ -1,7 +1,8 @@
 """One value in the forms of other programs -> as metadata.py reads it.
 
-Dates of cameras, databases and spreadsheets become ISO 8601, degrees and minutes degrees, lists as
-NumPy, tuples, WKT and PostgreSQL print them lists. Only what can mean one thing alone is read.
+Dates as cameras, databases and spreadsheets write them become ISO 8601, degrees and minutes decimal
+degrees, lists as NumPy, Python, WKT and PostgreSQL print them lists. Only what can mean one thing
+alone is read. A time without a zone is taken for UTC.
 """
 
 import contextlib
@@ -43,7 +44,8 @@ def parse_date(value: object, dates: str = "") -> str | None:
             moment, timed = datetime.strptime(text, dates), re.search("%[HIcXT]", dates)
         elif ISO.fullmatch(text):
             return text if parse_timestamp(text) else None
-        elif re.fullmatch(r"\d{9,10}|\d{12,13}", text):  # seconds or milliseconds since 1970
+        elif re.fullmatch(r"\d{9}|(?!19|20)(\d{10}|\d{12})|\d{13}", text):
+            # Seconds or milliseconds since 1970; 2015092115 may be an hour of 2015
             seconds = int(text) / (1000 if len(text) > 10 else 1)
             moment = datetime.fromtimestamp(seconds, timezone.utc)
         elif basic:

@@ -32,11 +32,12 @@ def make(number: int, folder: Path, rows: list[dict[str, str]]) -> Iterator[Samp
     location = parse_numbers([row["lon"], row["lat"]], FIELDS["location"])
     if location is None:
         raise BadInput(f"row {number + 1}: lon {row['lon']}, lat {row['lat']} are not degrees")
+    name = row["img_filename"].removesuffix(".jpg").removesuffix("_rgb")
     record = {
         "file_name": path.name, "timestamp": row["timestamp"], "location": location,
         "country_code": COUNTRIES.get(row.get("country_code"), row.get("country_code")),
         "cloud_cover": row.get("cloud_cover"), "label": row["category"],
-        "area": row["img_filename"].removesuffix(".jpg").removesuffix("_rgb").rpartition("_")[0],
+        "area": f"{row['split']}/{name.rpartition('_')[0]}",  # numbered anew in each
     }  # fmt: skip
     yield Sample(SPLITS[row["split"]], record, content)
 
