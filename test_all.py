@@ -767,9 +767,9 @@ def test_load(workers, tmp_path):
 
 def test_draw_has_the_papers_probabilities():
     """Supplement B: jitter 0.8, gray 0.2, blur 0.5; 8 orientations and 24 orders alike; uniform
-    ranges; all independent. The other policy crops only."""
-    n = 20_000
-    d = data.draw(data.POLICIES["strong"], 64, 0, 0, torch.arange(n), 0)
+    ranges; all independent. "crop" crops only; "moco" has no vertical flip and no turn."""
+    n, rows = 20_000, torch.arange(20_000)
+    d, moco, crop = (data.draw(policy, 64, 0, 0, rows, 0) for policy in data.POLICIES.values())
     for which, p in ((d.jittered, 0.8), (d.gray, 0.2), (d.sigma > 0, 0.5)):
         assert likely(which.sum(), n, p)
     for code, ways in ((d.flip @ [4, 2] + d.transpose, 8), (d.order @ [64, 16, 4, 1], 24)):
@@ -782,8 +782,8 @@ def test_draw_has_the_papers_probabilities():
         assert abs(share.mean() - 1 / 2) < 0.02 and abs(share.std() - 12**-0.5) < 0.01
     parts = np.c_[d.factors, d.jittered, d.gray, d.sigma > 0, d.flip, d.transpose, d.box[:, 0]]
     assert abs(np.corrcoef(parts.T) - np.eye(11)).max() < 0.05
-    d = data.draw(data.POLICIES["crop"], 64, 0, 0, torch.arange(n), 0)
-    assert not any(x.any() for x in (d.flip, d.transpose, d.gray, d.sigma, d.jittered))
+    never = (crop.flip, crop.transpose, crop.gray, crop.sigma, crop.jittered, moco.transpose)
+    assert not any(x.any() for x in never) and moco.flip.sum(0).tolist() == [0, moco.flip.sum()]
 
 
 @pytest.mark.parametrize("policy", data.POLICIES)
@@ -896,7 +896,7 @@ def test_methods_are_rows_of_options(method):
     assert (c.geo, c.temporal) == ("geo" in method, "tp" in method)
     if c.image_image == "moco":  # its authors' recipe
         assert (c.optimizer, c.vit, c.batch_size, c.warmup_epochs) == ("sgd", "resnet50", 256, 0)
-        assert (c.queue, c.temperature, c.mlp_out) == (65536, 0.2, 128)
+        assert (c.queue, c.temperature, c.mlp_out, c.augment) == (65536, 0.2, 128, "moco")
 
 
 def test_what_is_given_goes_over_the_preset_over_the_method_over_the_paper():
