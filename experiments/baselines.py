@@ -42,8 +42,8 @@ def places(split: data.Split) -> Tensor:
 def identity(splits: Splits, fields: str, folder: Path) -> list[Tensor]:
     """Table features as they are.
 
-    NOTE[PAPER] "standardised raw fields" leaves open what is missing and what is a category: a
-    missing number is the mean (0), a category is one-hot, all zero when missing or new.
+    NOTE[PAPER] nothing is said of missing values and categories: a missing number is the mean (0),
+    a category is one-hot, all zero when missing or new.
     """
     reader, found = TableReader.fit(splits[0], data.choose_fields(folder, fields)), []
     for split in splits:

@@ -16,9 +16,10 @@ from pathlib import Path
 import data
 from experiments.common import pyplot, save_figure
 from experiments.results import (
-    METRICS, class_name, collect, dataset_name, metric_of, model_name, read_rows, run_cost, scores,
-    setting,
+    DATASETS, METRICS, class_name, collect, dataset_name, metric_of, model_name, read_rows,
+    run_cost, scores, setting,
 )  # fmt: skip
+from experiments.tables import paper_k
 from metadata import BadInput
 
 BARS = ("fields", "modality")
@@ -57,18 +58,24 @@ def relative_times(results: list[dict]) -> dict[tuple[str, int], float]:
     return {key: value / shortest for key, value in times.items()}
 
 
-def chosen(kind: str, results: list[dict], k: int, metric: str) -> list[dict]:
+def usual_k(r: dict) -> int:
+    """The paper's on its datasets, else 20."""
+    name = dataset_name(r)
+    return paper_k(name, r["method"]) if name in DATASETS.values() else 20
+
+
+def chosen(kind: str, results: list[dict], k: int | None, metric: str) -> list[dict]:
     """The results that such a figure shows."""
     found = []
     for r in results:
-        scored = r["protocol"] in ("knn", "linear") and r.get("k", k) == k
+        scored = r["protocol"] in ("knn", "linear") and r.get("k") in (None, k or usual_k(r))
         scored = scored and r.get("averaged") != "areas"
         if kind in ("epochs", "time"):
             scored = scored and r["features"] == "image" and "epochs" in r
         if scored and r["method"] != "random" and metric_of(r, metric) in r:
             found.append(r)
     if not found:
-        what = f"kNN with k = {k} or of a probe (--metric {metric})"
+        what = f"kNN with k = {k or 'usual'} or of a probe (--metric {metric})"
         raise BadInput(f"{kind}: no such result of {what}")
     return found
 
@@ -105,12 +112,12 @@ def panel(axis, kind: str, shown: list[dict], names: list[str], metric: str, tim
         axis.minorticks_off()
 
 
-def draw(kind: str, results: list[dict], k: int, metric: str, path: Path) -> None:
+def draw(kind: str, results: list[dict], k: int | None, metric: str, path: Path) -> None:
     shown, times, panels = chosen(kind, results, k, metric), {}, {}
     if kind == "time":
         times = relative_times(shown)
     for r in shown:
-        classifier = f"kNN, k={k}" if r["protocol"] == "knn" else "linear probe"
+        classifier = f"kNN, k={r['k']}" if r["protocol"] == "knn" else "linear probe"
         title = f"{dataset_name(r)}, {class_name(r['label'])}: {classifier}"
         panels.setdefault(title, []).append(r)
     width, names = 3.6 * len(panels) + 1.8, list(dict.fromkeys(series(kind, r) for r in shown))
@@ -141,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("kind", choices=KINDS, help="what the figure shows")
     parser.add_argument("files", type=Path, nargs="+", help="what evaluate.py --output wrote")
     parser.add_argument("--output", type=Path, required=True, help="the picture, .png")
-    parser.add_argument("--k", type=int, default=20, help="neighbours of kNN (20)")
+    parser.add_argument("--k", type=int, help="of kNN (the paper's on its datasets, else 20)")
     parser.add_argument("--metric", default="paper", choices=METRICS,
                         help="paper: macro-F1 on fMoW and FGSC-23, else accuracy")  # fmt: skip
     args = parser.parse_args(argv)

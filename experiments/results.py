@@ -82,7 +82,7 @@ def dataset_name(result: dict) -> str:
 
 
 def metric_of(result: dict, metric: str) -> str:
-    """ "paper": macro-F1 on fMoW and FGSC-23, accuracy elsewhere (Section 4.2)."""
+    """ "paper": macro-F1 on fMoW and FGSC-23, accuracy elsewhere (Section 4.1)."""
     if result["protocol"] in OWN_METRIC:
         return OWN_METRIC[result["protocol"]]
     if metric != "paper":

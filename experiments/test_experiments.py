@@ -197,6 +197,13 @@ def test_tables_of_the_paper(result_file):
     rows = rows_of(said(tables.main, path, path.with_name("more.jsonl"), "--paper", 2))
     assert rows[1][:2] == ["simclr", "55.0 ± 7.1"], "not the score of areas"
     assert ["untrained", "12.5"] in [row[:2] for row in rows], "Random of the paper"
+    at_256 = [row | {"data": name, "image_size": 256, "k": 5} for name in ("RESISC45", "EUROSAT")]
+    results.append(path.with_name("sizes.jsonl"), at_256)
+    text = said(tables.main, path.with_name("sizes.jsonl"), "--paper", 2)
+    assert text.endswith("epochs 25 (200); image_size 256 (224)\n"), "EuroSAT alone: supplement A"
+    at_256[1]["data"] = "ucmerced"
+    path.with_name("sizes.jsonl").write_text("".join(json.dumps(r) + "\n" for r in at_256))
+    assert "image_size" not in said(tables.main, path.with_name("sizes.jsonl"), "--paper", 2)
     text = said(tables.main, result_file("alone", method="satmip"), "--paper", "S8")
     assert "time, memory: no log of a run of simclr" in text and "35.0" not in text
 
@@ -350,6 +357,10 @@ def test_axes_end_at_100_percent(result_file, tmp_path, monkeypatch):
     colours = [{name: mark[0].get_color() for mark, name in zip(*pair)} for pair in colours]
     assert [len(found) for found in colours] == [1, 1, 3, 3], "SimCLR alone on the first label"
     assert all(found.items() <= colours[-1].items() for found in colours), "one legend for all"
+    results.append(tmp_path / "k20.jsonl", [*rows, rows[-2] | {"k": 20}])
+    figures.main(["epochs", str(tmp_path / "k20.jsonl"), "--output", "x.png"])
+    titles = [axis.get_title() for axis in drawn[2].axes]
+    assert titles[0] == "fMoW, label: kNN, k=100" and "demo, climate: kNN, k=20" in titles
     assert "--metric top5" in refusal(
         figures.main, "epochs", tmp_path / "rows.jsonl", "--output", "x", "--metric", "top5"
     )

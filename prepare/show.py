@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from data import Split, choose_fields, errors_in_one_line, label_names, load_image, read_dataset
-from metadata import Field, caption, default_tokenizer
+from metadata import TIME_PARTS, Field, caption, default_tokenizer
 from metadata import parse_category, parse_numbers, parse_timestamp
 from prepare.sources import need
 
@@ -45,7 +45,8 @@ def draw_samples(split: Split, fields: tuple[Field, ...], output: Path) -> None:
     for axis, row in zip(axes, rows):
         record = split[row]
         text = caption(record, fields)
-        title = [f"row {row + 1}, {len(default_tokenizer()(text))} tokens"]
+        tokens = len(default_tokenizer().encode(text))  # without start and end, as in Table S3
+        title = [f"row {row + 1}, {tokens} tokens"]
         for label in label_names([record]):
             title += textwrap.wrap(f"{label}: {record[label]}", 41)
         axis.set_title("\n".join(title + textwrap.wrap(text, 41)), fontsize=9, loc="left")
@@ -55,15 +56,15 @@ def draw_samples(split: Split, fields: tuple[Field, ...], output: Path) -> None:
 
 
 def columns_of(split: Split, field: Field) -> dict[str, list]:
-    """Title -> what can be read of each row's value; a time has two columns."""
+    """Title -> what can be read of each row's value; a time has three columns."""
     (values,) = split.columns(field.name)
     if field.kind == "category":
         return {field.name: [parse_category(value) for value in values]}
     if field.kind == "number":
         return {field.name: [parse_numbers(value, field) for value in values]}
-    times = [parse_timestamp(value) or [np.nan, np.nan] for value in values]
-    months = [time[1] for time in times]
-    return {f"{field.name}, year": [time[0] for time in times], f"{field.name}, month": months}
+    times = [parse_timestamp(value) or [np.nan] * len(TIME_PARTS) for value in values]
+    parts = dict(zip(TIME_PARTS, zip(*times)))
+    return {f"{field.name}, {part}": list(parts[part]) for part in ("year", "month", "weekday")}
 
 
 def draw(axis, values: list, field: Field) -> None:
