@@ -2,8 +2,7 @@
 
     pytest -q test_all.py        # two CPU cores are enough; no GPU, no network
 
-Helpers come first. Numbers are compared with slow transcriptions of the papers, or with other
-people's code.
+Helpers come first. Numbers meet slow transcriptions of the papers, or other people's code.
 """
 
 import copy
@@ -146,8 +145,17 @@ def dataset(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)  # these networks are tiny: threads would only wait for each other
+def alone():
+    """One thread, as these networks are tiny; no other machine; a time zone that is not UTC."""
+
+    def guarded(self, address, connect=socket.socket.connect):
+        local = self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost")
+        assert local, f"connects to {address}"
+        return connect(self, address)
+
+    socket.socket.connect, os.environ["TZ"] = guarded, "Asia/Kolkata"
+    time.tzset()
+    torch.set_num_threads(1)
 
 
 def on_processes(world: int, work: Callable, *args) -> list:
@@ -377,19 +385,20 @@ def test_vit_equals_a_slow_transcription(name, heads):
 
 @torch.no_grad()
 def test_positions_follow_the_image_size():
-    """Resampled for another size, rows as rows, columns as columns; CLS keeps its own."""
-    vit = model.ViT(64, 16, 8, 1, 2)
-    vit.pos_embed[0, 1:] = torch.arange(4.0).repeat(4)[:, None]  # grows along columns only
+    """Resampled as Pillow's bicubic does, rows as rows, columns as columns; CLS keeps its own."""
+    vit = randomise(model.ViT(64, 16, 8, 1, 2))
     assert torch.equal(model.resample_positions(vit.pos_embed, 4, 4), vit.pos_embed)
-    found = model.resample_positions(vit.pos_embed, 3, 8)[0]
-    grid = found[1:, 0].view(3, 8)
-    assert torch.equal(found[0], vit.pos_embed[0, 0]) and worst(grid, grid[:1].expand(3, 8)) < 1e-5
-    assert (grid[0].diff() > 0).all() and abs(grid.mean() - 1.5) < 0.01
+    for rows, columns in ((3, 8), (8, 3), (2, 2)):
+        found = model.resample_positions(vit.pos_embed, rows, columns)[0]
+        grid = Image.fromarray(vit.pos_embed[0, 1:, 5].view(4, 4).numpy())
+        expected = np.array(grid.resize((columns, rows), Image.Resampling.BICUBIC))
+        assert torch.equal(found[0], vit.pos_embed[0, 0])
+        assert worst(found[1:, 5].view(rows, columns), torch.from_numpy(expected)) < 1e-5
     assert vit(torch.randn(2, 3, 48, 128)).shape == (2, 8)
 
 
 def test_text_encoder_equals_a_slow_transcription_without_padding():
-    """Padding changes nothing and learns nothing, whatever stands in it; the last token counts."""
+    """Padding changes nothing and learns nothing, whatever stands in it."""
     text = randomise(small_model("text", vocabulary=100, context=12).metadata_encoder).double()
     captions, expected = [[98, 5, 6, 99], [98, 7, 99], [98, 8, 9, 10, 11, 12, 99]], []
     for c in captions:
@@ -405,8 +414,6 @@ def test_text_encoder_equals_a_slow_transcription_without_padding():
     learnt = text.token_embedding.weight.grad.any(1).nonzero().flatten().tolist()
     assert learnt == [*range(5, 13), 98, 99]
     assert text.pos_embed.grad.any(1).tolist() == [True] * 7 + [False] * 5
-    tokens[2, 6] = 50
-    assert worst(text(tokens, torch.tensor([4, 3, 7]))[2], expected[2]) > 1e-3
 
 
 @torch.no_grad()
@@ -462,7 +469,8 @@ def test_batch_norm_and_shuffling_bn(world):
 @torch.no_grad()
 def test_view_coupling(meets):
     """The first view meets the metadata, the last two each other; the last one has MoCo's keys."""
-    m, (views, table) = small_model().eval(), small_batch(4, len(meets))
+    m, (views, table) = small_model(places=3).eval(), small_batch(4, len(meets))
+    meets = [names | {"place"} if "first" in names else names for names in meets]
     before = m(views, table)._asdict()
     for view, affected in enumerate(meets):
         changed = views.clone()
@@ -473,6 +481,11 @@ def test_view_coupling(meets):
     heads = m.image_projection, m.metadata_projection, m.image_mlp
     for name, x, head in zip(("image", "metadata", "second"), features, heads):
         assert worst(before[name], F.normalize(head(x), dim=1)) < 1e-5, name
+    a, b, c = (layer for layer in m.image_mlp if isinstance(layer, nn.Linear))
+    with_relu = c(F.relu(b(F.relu(a(features[2]))))) * (1 + 1e-5) ** -0.5  # BatchNorm at its start
+    assert worst(before["second"], F.normalize(with_relu, dim=1)) < 1e-5
+    first = m.image_mlp(m.image_encoder(views[-2]))
+    assert worst(before["place"], m.place_head(F.relu(first))) < 1e-5
     m = small_model("none", "moco", queue=20).eval()
     first, keys = (F.normalize(m.image_mlp(m.image_encoder(views[i])), dim=1) for i in (-2, -1))
     randomise(m.image_encoder.blocks[0])  # the keys' encoder is a copy
@@ -527,18 +540,8 @@ def test_losses_equal_loops_over_the_papers_equations():
     logits, places = torch.randn(5, 3), torch.tensor([2, -1, 0, 1, -1])
     known = [math.log(float(logits[i].softmax(0)[places[i]])) for i in (0, 2, 3)]
     assert abs(losses.place_loss(logits, places).loss + sum(known) / 5) < 1e-5
-
-
-def test_closed_forms():
-    """No information costs log K, or log(2 K - 1) with same-view negatives; separation nothing."""
-    for K in (2, 16):
-        same, apart, scale = torch.ones(K, 1), torch.eye(K), torch.tensor(100.0)
-        assert abs(losses.metadata_image_loss(same, same, scale).loss - math.log(K)) < 1e-5
-        assert abs(losses.image_image_loss(same, same).loss - math.log(K)) < 1e-5
-        assert abs(losses.image_image_loss(same, same, 0.1, True).loss - math.log(2 * K - 1)) < 1e-5
-        mi = losses.metadata_image_loss(apart, apart, scale)
-        ii = losses.image_image_loss(apart, apart, 0.01, True)
-        assert mi.loss < 1e-5 and ii.loss < 1e-5 and mi.accuracy == ii.accuracy == 1
+    apart = torch.eye(16)  # at the highest scale separation costs nothing
+    assert losses.metadata_image_loss(apart, apart, torch.tensor(100.0)).loss < 1e-5
 
 
 @torch.no_grad()
@@ -559,6 +562,20 @@ STEPS = [f"--method {name}" for name in train.METHODS if "tp" not in name]  # it
 STEPS += ["--method satmip --metadata-encoder text", "--decouple-views", "--same-view-negatives"]
 
 
+def check_gradient(m: model.SatMIP, batch: train.Batch, c: train.Config) -> None:
+    """Along its gradient the loss changes by the gradient's norm: nothing in it is cut off."""
+    m, terms = copy.deepcopy(m), (c.loss_weight, c.temperature, c.same_view_negatives)
+    trained = [p for p in m.parameters() if p.requires_grad]
+    loss = lambda: losses.total_loss(m(*batch[:2]), batch.places, *terms)[0]  # noqa: E731
+    gradients, found = torch.autograd.grad(loss(), trained), []
+    norm = torch.nn.utils.get_total_norm(gradients)
+    for step in (1e-6, -2e-6):
+        for p, g in zip(trained, gradients):
+            p.data += step / norm * g
+        found.append(loss().item())
+    assert abs((found[0] - found[1]) / 2e-6 - norm) < 1e-6 * norm, c
+
+
 def steps_in_float64(rank: int, world: int, micro_batch: int) -> list[dict]:
     """One step of each method on this process's rows of 8 -> figures, gradients and buffers."""
     torch.Tensor.float = torch.Tensor.double  # also what the code computes in float32
@@ -572,6 +589,8 @@ def steps_in_float64(rank: int, world: int, micro_batch: int) -> list[dict]:
         m = small_model(encoder, c.image_image, queue=20, places=3 * c.geo).train()
         views, meta = small_batch(8, train.view_count(c), encoder)
         batch = train.Batch(views[:, rows], tuple(x[rows] for x in meta), places[rows])
+        if world == 1 and not micro_batch:
+            check_gradient(m, batch, c)
         network = torch.nn.parallel.DistributedDataParallel(m, broadcast_buffers=False)
         optimizer, amp = torch.optim.SGD(m.parameters(), 0.0), torch.autocast("cpu", enabled=False)
         figures = train.train_step(network, m, optimizer, scaler, batch, c, amp)
@@ -782,8 +801,14 @@ def test_draw_has_the_papers_probabilities():
         assert abs(share.mean() - 1 / 2) < 0.02 and abs(share.std() - 12**-0.5) < 0.01
     parts = np.c_[d.factors, d.jittered, d.gray, d.sigma > 0, d.flip, d.transpose, d.box[:, 0]]
     assert abs(np.corrcoef(parts.T) - np.eye(11)).max() < 0.05
+    for x, least in ((d, 0.2), (crop, 0.5)):
+        area, ratio = x.box[:, 2] * x.box[:, 3] / 64**2, x.box[:, 3] / x.box[:, 2]
+        assert abs(area.min() - least) < 0.02 and area.max() > 0.97
+        assert abs(ratio.max() - 4 / 3) < 0.06 and abs(ratio.min() - 3 / 4) < 0.06
+    assert np.array_equal(moco.sigma, d.sigma) and np.array_equal(moco.jittered, d.jittered)
     never = (crop.flip, crop.transpose, crop.gray, crop.sigma, crop.jittered, moco.transpose)
-    assert not any(x.any() for x in never) and moco.flip.sum(0).tolist() == [0, moco.flip.sum()]
+    assert not any(x.any() for x in never) and not moco.flip[:, 0].any()
+    assert likely(moco.flip[:, 1].sum(), n, 0.5)
 
 
 @pytest.mark.parametrize("policy", data.POLICIES)
@@ -906,16 +931,21 @@ def test_what_is_given_goes_over_the_preset_over_the_method_over_the_paper():
     assert (paper.metadata_encoder, paper.metadata_width) == ("text", 512)
     assert config_of("--metadata-encoder table").metadata_width == 192
     assert (paper.temperature, paper.loss_weight, paper.output) == (0.1, 1, "runs/satmips")
+    assert (paper.optimizer, paper.warmup_epochs, paper.amp) == ("adamw", 1, "auto")
+    assert (paper.mlp_hidden, paper.mlp_out, paper.same_view_negatives) == (4096, 256, False)
     assert (demo.vit, demo.image_size, demo.augment) == ("vit_micro", 64, "crop")
     assert dataclasses.replace(demo, data="DIR") == config_of("--preset small")
     moco = train.parse_config(["--method", "moco", "--epochs", "7", "--base-lr", "0.5"])
     assert (moco.epochs, moco.base_lr, moco.vit) == (7, 0.5, "vit_micro")
     assert (moco.image_image, moco.temperature) == ("moco", 0.2), "what the preset does not set"
+    said = train.describe(config_of("--method moco --epochs 7 --preset small"))
+    for line in ("epochs +7 +you", "queue +4096 +--preset small", "mlp_out +128 +--method moco"):
+        assert regex.search(line, said) and "loss_weight" not in said
 
 
 WRONG_OPTIONS = (
     "--method simclr --decouple-views", "--method satmip --decouple-views", "--seed 9999999999",
-    "--method moco --micro-batch 8", "--method nope", "--nope 1", "--epochs 0", "--batch-size 0",
+    "--method moco --micro-batch 8", "--epochs 0", "--batch-size 0",
     "--image-size 33", "--log-every 0", "--workers -1", "--base-lr nan", "--temperature 0",
 )  # fmt: skip
 
@@ -963,7 +993,7 @@ def images_in(folder: Path, rows: list[int]) -> torch.Tensor:
     return torch.from_numpy(np.stack(files)).permute(0, 3, 1, 2)
 
 
-VIEWS = {"satmip": 1, "simclr-tp": 2, "satmips-tp": 2, "satmips-tp --decouple-views": 3, "moco": 2}
+VIEWS = {"satmip": 1, "simclr-tp": 2, "satmips-tp --decouple-views": 3, "moco-geo": 2}
 
 
 @pytest.mark.parametrize("options", VIEWS)
@@ -973,7 +1003,9 @@ def test_views(options, places):
     argv = [*SMALL, "--data", str(places), "--augment", "strong", "--method", *options.split()]
     d = train.TrainingData(train.parse_config(argv))
     loaded = next(d.batches(4, 5))  # 121 // 40 steps an epoch, so this is of epoch 1
-    views, rows = train.make_batch(loaded, 4, d, torch.device("cpu")).views, loaded.rows.tolist()
+    views, _, clusters = train.make_batch(loaded, 4, d, torch.device("cpu"))
+    rows, (where,) = loaded.rows.tolist(), d.train.columns("location")
+    assert not d.config.geo or torch.equal(clusters, data.cluster_places(where, 100, 0)[rows])
     assert views.shape == (VIEWS[options], 40, 3, 32, 32)
     for view in range(len(views)):
         if "-tp" in options and view == len(views) - 1:
@@ -988,9 +1020,7 @@ def one_step(m, batch: train.Batch, config: train.Config, optimizer=None, half=N
     optimizer = optimizer or torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     amp = torch.autocast("cpu", half, enabled=half is not None)
-    figures = train.train_step(m, m, optimizer, scaler, batch, config, amp)
-    assert not torch.is_autocast_enabled("cpu"), "losses and optimizer are in float32"
-    return figures
+    return train.train_step(m, m, optimizer, scaler, batch, config, amp)
 
 
 def model_for(config: train.Config, encoder: str, **sizes) -> model.SatMIP:
@@ -1010,10 +1040,31 @@ def test_options_reach_the_loss_and_the_temperature_is_clamped():
     expected, _ = losses.total_loss(m(batch.views, batch.metadata), None, 0.3, 0.2, True)
     figures = one_step(model_for(config, "table"), batch, config)
     assert worst(figures["loss"], expected) < 1e-5 and worst(figures["temperature"], 0.07) < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        e = model_for(config, "table")(batch.views, batch.metadata)
+    assert {x.dtype for x in e if x is not None} == {torch.float32}, "heads end in float32"
+    expected, _ = losses.total_loss(e, None, 0.3, 0.2, True)
+    figures = one_step(model_for(config, "table"), batch, config, half=torch.bfloat16)
+    assert worst(figures["loss"], expected) < 1e-4, "so are the losses"
     for before, after in ((9.0, math.log(100)), (-1.0, 0.0)):
         m.logit_scale.data.fill_(before)
         one_step(m, batch, config)
         assert abs(m.logit_scale - after) < 1e-6
+
+
+def test_moco_keys_follow_and_replace_the_oldest():
+    """After each step: momentum 0.999; the step's 8 keys go round in a queue of 12."""
+    config = config_of("--method moco --vit vit_micro")
+    m, batch = model_for(config, "none", queue=12), batch_for(config, "none")
+    slow = m.key_encoder
+    optimizer = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 1.0)
+    for rows in ([*range(8)], [8, 9, 10, 11, 0, 1, 2, 3]):
+        old, keys = [p.clone() for p in slow.parameters()], slow(batch.views[-1])
+        one_step(m, batch, config, optimizer)
+        fast = [*m.image_encoder.parameters(), *m.image_mlp.parameters()]
+        for now, before, query in zip(slow.parameters(), old, fast, strict=True):
+            assert worst(now, 0.999 * before + 0.001 * query) < 1e-6
+        assert worst(slow.queue[rows], keys) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -1080,9 +1131,9 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_train_and_score(method, run, places, capsys):
-    """Its losses are logged, its checkpoint is plain and can be scored by the run's folder."""
-    folder, config = run(method), config_of(f"--method {method}")
+def test_methods_train(method, run, places):
+    """Its losses and its scores after each epoch are logged, its checkpoint is plain."""
+    folder, config = run(method), train.parse_config(arguments(places, run(method), method))
     log, state = json_lines(folder / "log.jsonl"), checkpoint(folder)
     assert [(line["step"], 3 * line["epoch"]) for line in log] == [(2, 2), (3, 3), (4, 4), (6, 6)]
     terms = {"L_MI": config.metadata, "L_Sim": config.image_image != "none", "L_g": config.geo}
@@ -1093,12 +1144,13 @@ def test_methods_train_and_score(method, run, places, capsys):
     pixels = images_in(places / "train", range(121)).numpy() / 255
     assert worst(state["statistics"], [pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))]) < 1e-6
     assert state["step"] == 6 and state["config"]["method"] == method
+    decayed, spared = state["optimizer"]["param_groups"]
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (config.weight_decay, 0)
+    assert decayed["betas"] == (0.9, 0.98)
+    assert decayed["lr"] == log[-1]["lr"] == train.learning_rate(config, 5, 3)
     if config.metadata:
         reader = TableReader.fit(data.Split(places / "train"), DEFAULT)
         assert state["reader"]["mean"] == reader.mean and len(state["reader"]["fields"]) == 3
-    kinds = ["image", "both"][: 1 + config.metadata]
-    results = scored(capsys, "--checkpoint", folder, "--modality", *kinds)
-    assert len(results) == len(kinds) * 2 * 4 and {r["method"] for r in results} == {method}
 
 
 def test_moco_with_resnet50_as_its_authors_train_it(dataset, tmp_path, capsys):
@@ -1109,6 +1161,8 @@ def test_moco_with_resnet50_as_its_authors_train_it(dataset, tmp_path, capsys):
     assert regex.search("one process.*shuffl", capsys.readouterr().out)
     state = checkpoint(tmp_path)
     assert state["model"]["image_encoder.conv1.weight"].shape == (64, 3, 7, 7)
+    assert state["model"]["image_mlp.2.weight"].shape == (128, 2048)
+    assert state["model"]["key_encoder.queue"].shape == (65536, 128)
     (group,) = state["optimizer"]["param_groups"]
     assert (group["momentum"], group["weight_decay"]) == (0.9, 1e-4)
 
@@ -1116,7 +1170,8 @@ def test_moco_with_resnet50_as_its_authors_train_it(dataset, tmp_path, capsys):
 def test_resuming_refuses_other_options_and_other_data(run, places, dataset, tmp_path, capsys):
     """With nothing changed, a finished run is left as it is and scored again."""
     folder = shutil.copytree(run("satmip"), tmp_path / "run")
-    for option in ("--seed 1 0", "--base-lr 0.5 0.006", "--fields gsd gsd,", "--vit vit_tiny vit_"):
+    for option in ("--seed 1 0", "--base-lr 0.5 0.006", "--fields gsd gsd,", "--vit vit_tiny vit_",
+                   "--epochs 3 2"):  # fmt: skip
         name, new, old = option.split()
         line = complaint(capsys, train.main, *arguments(places, folder, "satmip", name, new))
         needles = (str(folder), name.strip("-").replace("-", "_"), new, old)
@@ -1125,6 +1180,11 @@ def test_resuming_refuses_other_options_and_other_data(run, places, dataset, tmp
     for path in (tmp_path / "data/train").glob("*0.png"):
         Image.new("RGB", (32, 32)).save(path)
     line = complaint(capsys, train.main, *arguments(tmp_path / "data", folder, "satmip"))
+    assert "other training" in line
+    shutil.copytree(places, tmp_path / "edited")
+    path = tmp_path / "edited/train/metadata.jsonl"
+    path.write_text(path.read_text().replace("\"a7\"", "\"a8\""))
+    line = complaint(capsys, train.main, *arguments(tmp_path / "edited", folder, "satmip"))
     assert "other training" in line
     before = [(folder / name).read_bytes() for name in ("checkpoint.pt", "log.jsonl")]
     train.main(arguments(places, folder, "satmip", "--workers", 1))
@@ -1181,18 +1241,16 @@ def save_again_and_again(path: Path) -> None:
 
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     """kill -9 at random moments of a process that does nothing but save."""
-    path, rng, steps = tmp_path / "checkpoint.pt", random.Random(0), []
-    for _ in range(6):
+    path, rng = tmp_path / "checkpoint.pt", random.Random(0)
+    for least in (0, 0, 1, 1, 2, 3):
         process = spawn(save_again_and_again, path)
-        wait(path.exists, process)
-        time.sleep(rng.uniform(0, 0.2))
+        wait(lambda: path.exists() and torch.load(path)["step"] >= least, process)
+        time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.join()
         state = torch.load(path)
         assert (state["model"] == state["step"]).all()
-        steps.append(state["step"])
         path.unlink()
-    assert max(steps) > 0, "killed after the first save, too"
 
 
 def run_program(argv: list[str], environment: dict, said: Path) -> None:
@@ -1241,13 +1299,12 @@ def test_killed_and_stopped_runs_end_like_an_undisturbed_one(method, more, place
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert codes(start(tmp_path, arguments(places, whole, method, *more))) == [0]
     log, rng = folder / "log.jsonl", random.Random(0)
-    between = np.median([line["seconds"] for line in json_lines(whole / "log.jsonl")])
     argv = arguments(places, folder, method, *more)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1):
         before = log.read_bytes() if log.exists() else b""
         (process,) = start(tmp_path, argv)
-        wait(lambda: log.exists() and log.read_bytes() != before, process)  # an epoch is done
-        time.sleep(rng.uniform(0, 2 * between))
+        wait(lambda: log.exists() and log.read_bytes() != before, process)  # another log line
+        time.sleep(rng.uniform(0, 0.1))
         os.kill(process.pid, number)
         if number == signal.SIGKILL:
             assert codes([process]) == [-signal.SIGKILL]
@@ -1265,7 +1322,8 @@ def test_two_processes_act_as_one(places, tmp_path):
     whole, alone, stopped, one = (tmp_path / name for name in ("whole", "alone", "stopped", "one"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(HERE / "train.py"), *arguments(places, whole, "satmips", *more)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    alone_too = os.environ | {"OMP_NUM_THREADS": "1"}  # as the processes below
+    done = subprocess.run(command, cwd=tmp_path, env=alone_too, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     train.main(arguments(places, alone, "satmips", *more))
     for ours, theirs in zip(json_lines(whole / "log.jsonl")[:6], json_lines(alone / "log.jsonl")):
@@ -1290,11 +1348,8 @@ def test_two_processes_act_as_one(places, tmp_path):
 WRONG_DATA = {  # what is done to train/, options -> what the line names
     "missing image": (lambda folder: (folder / "3.png").unlink(), "", "train/3.png: no such"),
     "torn image": (lambda folder: os.truncate(folder / "4.png", 500), "", "train/4.png"),
-    "no rows": (lambda folder: (folder / "metadata.jsonl").write_text(""), "", "jsonl: no rows"),
     "large batch": (Path.touch, "--batch-size 122", "--batch-size 122"),
-    "unknown field": (Path.touch, "--fields altitude", "'altitude'"),
     "diverged": (Path.touch, "--base-lr 2e9 --warmup-epochs 0", "not finite before step 2"),
-    "field twice": (Path.touch, "--fields gsd,gsd", "--fields gsd,gsd"),
     "scoring": (lambda folder: (folder / "../test/3.png").unlink(), "", "test/3.png: no such"),
 }
 
@@ -1543,58 +1598,3 @@ def test_features_that_are_not_finite_are_not_scored(run, places, tmp_path, caps
     torch.save(state, tmp_path / "checkpoint.pt")
     line = complaint(capsys, evaluate.main, "--checkpoint", tmp_path, "--workers", 0)
     assert "not finite" in line and str(tmp_path) in line
-
-
-# --- The repository -------------------------------------------------------------------------------
-
-ARROWS = {  # what each of the six files imports of ours
-    "metadata": set(), "losses": set(), "model": {"losses"}, "data": {"metadata"},
-    "evaluate": {"model", "data", "metadata", "losses"},
-    "train": {"evaluate", "model", "data", "metadata", "losses"},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_network():
-    """Nothing here reaches beyond this machine."""
-
-    def guarded(self, address, connect=socket.socket.connect):
-        local = self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost")
-        assert local, f"connects to {address}"
-        return connect(self, address)
-
-    socket.socket.connect = guarded
-
-
-def test_arrows_go_one_way():
-    """The six files import one another in one direction, never the scripts; neither they nor these
-    tests draw pictures or progress bars; everything else is in requirements.txt."""
-    required = set(regex.findall(r"(?m)^\w+", (HERE / "requirements.txt").read_text()))
-    known = {*sys.stdlib_module_names, *required, "PIL", *ARROWS}
-    for path in HERE.glob("*.py"):
-        lines = regex.findall(r"(?m)^ *(?:from ([\w.]+) import|import ([\w.]+))", path.read_text())
-        found = {"".join(names).split(".")[0] for names in lines}
-        assert not found & {"prepare", "experiments", "matplotlib", "tqdm"}, path
-        if path.stem in ARROWS:
-            assert found <= known and found & ARROWS.keys() == ARROWS[path.stem], path
-
-
-@pytest.mark.parametrize("program, most", [(train, 25), (evaluate, 12)], ids=["train", "evaluate"])
-def test_options_are_few_and_explained(program, most, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit) as stopped:
-        program.main(["--help"])
-    listed = capsys.readouterr().out.split("-h, --help")[1].split("\n  --")[1:]
-    assert stopped.value.code == 0 and 8 < len(listed) <= most
-    for option in listed:
-        words = regex.split(r"\n? {2,}", option.strip(), maxsplit=1)
-        assert len(words) == 2 and len(words[1]) > 8, f"--{option} has no help"
-
-
-def test_differences_from_the_paper_are_marked():
-    """NOTE[PAPER]: the paper leaves it open; NOTE[DIFF]: we depart from it; each with a reason."""
-    for path in [*HERE.glob("*.py"), *HERE.glob("*/*.py")]:
-        marks = regex.findall(r"\bNOTE\b.*", path.read_text())
-        if not path.stem.startswith("test_"):
-            assert all(regex.match(r"NOTE\[(PAPER|DIFF)\] \S+ \S+", m) for m in marks), path
-            assert marks or path.stem not in ("metadata", "model", "losses", "data", "train"), path

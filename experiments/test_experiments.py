@@ -33,6 +33,7 @@ from experiments import (
 from metadata import parse_timestamp
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
 CPU = ["--device", "cpu", "--workers", "0"]
 
 # --------------------------------------------------------------------------------------------------
@@ -735,7 +736,47 @@ def test_evidence_says_what_is_missing(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# README
+# The repository and its READMEs
+
+ARROWS = {  # what each of the six files imports of ours
+    "metadata": set(), "losses": set(), "model": {"losses"}, "data": {"metadata"},
+    "evaluate": {"model", "data", "metadata", "losses"},
+    "train": {"evaluate", "model", "data", "metadata", "losses"},
+}  # fmt: skip
+
+
+def test_arrows_go_one_way():
+    """The six files import one another in one direction, never the scripts; neither they nor their
+    tests draw pictures or progress bars; everything else is in requirements.txt."""
+    required = set(re.findall(r"(?m)^\w+", (ROOT / "requirements.txt").read_text()))
+    known = {*sys.stdlib_module_names, *required, "PIL", *ARROWS}
+    for path in ROOT.glob("*.py"):
+        lines = re.findall(r"(?m)^ *(?:from ([\w.]+) import|import ([\w.]+))", path.read_text())
+        found = {"".join(names).split(".")[0] for names in lines}
+        assert not found & {"prepare", "experiments", "matplotlib", "tqdm"}, path
+        if path.stem in ARROWS:
+            assert found <= known and found & ARROWS.keys() == ARROWS[path.stem], path
+
+
+@pytest.mark.parametrize("program, most", [(train, 25), (evaluate, 12)], ids=["train", "evaluate"])
+def test_options_are_few_and_explained(program, most, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stopped:
+        program.main(["--help"])
+    listed = capsys.readouterr().out.split("-h, --help")[1].split("\n  --")[1:]
+    assert stopped.value.code == 0 and 8 < len(listed) <= most
+    for option in listed:
+        words = re.split(r"\n? {2,}", option.strip(), maxsplit=1)
+        assert len(words) == 2 and len(words[1]) > 8, f"--{option} has no help"
+
+
+def test_differences_from_the_paper_are_marked():
+    """NOTE[PAPER]: the paper leaves it open; NOTE[DIFF]: we depart from it; each with a reason."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
+        marks = re.findall(r"\bNOTE\b.*", path.read_text())
+        if not path.stem.startswith("test_"):
+            assert all(re.match(r"NOTE\[(PAPER|DIFF)\] \S+ \S+", m) for m in marks), path
+            assert marks or path.stem not in ("metadata", "model", "losses", "data", "train"), path
 
 
 def test_documented_commands_have_their_options(capsys):
@@ -786,13 +827,13 @@ def test_documented_commands_are_understood(document, monkeypatch):
 
         monkeypatch.setattr(argparse.ArgumentParser, name, only_parse)
     checked = 0
-    for launcher, program, *argv in commands(HERE.parent / document):
+    for launcher, program, *argv in commands(ROOT / document):
         while launcher == "torchrun" and program.startswith("--") or program == "-m":
             program, *argv = argv
         if program in ("pytest", "venv", "pip"):
             continue
         module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
-        assert HERE.parent in Path(module.__file__).parents
+        assert ROOT in Path(module.__file__).parents
         if hasattr(module, "main"):
             with pytest.raises(EOFError, match="understood"):
                 module.main(argv)
