@@ -1,7 +1,6 @@
 """What the scripts that ask a run something share: its model, its features, places on the Earth."""
 
 import argparse
-import io
 import json
 from pathlib import Path
 
@@ -12,7 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 import data
-from evaluate import Pretrained, autocast, extract, load_pretrained, read_checkpoint
+from evaluate import (
+    Pretrained, autocast, extract, labelled, load_pretrained, read_checkpoint,
+)  # fmt: skip
 from metadata import FIELDS, POSTER, BadInput, parse_numbers, survey
 
 EARTH_RADIUS = 6371.0  # km
@@ -43,18 +44,14 @@ def arguments(text: str, output: bool = True) -> argparse.ArgumentParser:
 
 def open_run(run: Path, args: argparse.Namespace) -> tuple[Pretrained, Splits]:
     """A run's model and the dataset to ask it about; `about` names both."""
-    path = run
-    if run.is_dir():
-        path = run / "checkpoint.pt"
+    path = run / "checkpoint.pt" if run.is_dir() else run
     if args.workers < 0:
         raise BadInput(f"--workers {args.workers}: 0 or more")
     p = load_pretrained(path, torch.device(args.device))
     if not args.data and "data" not in p.about:
         raise BadInput(f"{path} names no dataset; give one with --data")
-    folder = args.data or Path(p.about["data"])
-    splits = data.read_dataset(folder)
-    trained_on = p.about.get("trained_on", p.about.get("data"))
-    p.about |= {"data": str(folder), "checkpoint": str(path), "trained_on": trained_on}
+    p.about["data"] = str(args.data or p.about["data"])
+    splits = data.read_dataset(p.about["data"])
     if p.statistics is None and not args.data:
         p.statistics = read_checkpoint(path)["statistics"]
     p.statistics = p.statistics or data.channel_statistics(splits[0], p.image_size, args.workers)
@@ -69,6 +66,15 @@ def needs_metadata(p: Pretrained, splits: Splits) -> None:
         raise BadInput(f"{splits[1].path}: {', '.join(found)} missing in every row")
 
 
+def scored_labels(splits: Splits) -> dict[str, tuple[list[str], list[Tensor]]]:
+    """Label -> its classes and the ids of both splits, of the labels that both splits have."""
+    found = {name: labelled(name, splits) for name in data.label_names(splits[0])}
+    found = {name: of_label for name, of_label in found.items() if of_label[0]}
+    if not found:
+        raise BadInput(f"{splits[0].path}: no label to score")
+    return found
+
+
 def both_features(p: Pretrained, splits: Splits, workers: int) -> Features:
     return extract(p, splits[0], workers), extract(p, splits[1], workers)
 
@@ -77,17 +83,12 @@ def both_features(p: Pretrained, splits: Splits, workers: int) -> Features:
 # Runs
 
 
-class Rows:
+class Rows(torch.utils.data.Subset):
     """Some rows of a split, used as a split."""
 
-    def __init__(self, split: data.Split, rows: list[int]):
-        self.split, self.rows, self.folder = split, rows, split.folder
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict:
-        return self.split[self.rows[i]]
+    @property
+    def folder(self) -> Path:
+        return self.dataset.folder
 
 
 def spread(rows: list[int], most: int) -> list[int]:
@@ -146,7 +147,7 @@ def nearest_km(places: Tensor, others: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures and synthetic data
+# Synthetic data
 
 
 def write_synthetic(folder: Path, size: int, rows: int) -> None:
@@ -163,27 +164,3 @@ def write_synthetic(folder: Path, size: int, rows: int) -> None:
                 record["location"] = rng.uniform((-180, -60), (180, 75)).tolist()
                 record["timestamp"] = f"20{10 + i % 8}-{1 + i % 12:02d}-{1 + i % 28:02d}T12:30:08Z"
                 file.write(json.dumps(record) + "\n")
-
-
-def pyplot():
-    """matplotlib's, which pictures and figures alone need."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise BadInput("no picture: matplotlib is missing (pip install matplotlib)") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def save_figure(figure, path: Path, dpi: int = 100) -> None:
-    """Written beside and renamed."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    pyplot().close(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(buffer.getvalue())
-    unfinished.replace(path)
-    print(path)

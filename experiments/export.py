@@ -17,7 +17,6 @@ as evaluate.py does, they standardise DATA with its own mean and std.
 """
 
 import argparse
-import io
 import json
 from pathlib import Path
 
@@ -29,15 +28,7 @@ from evaluate import extract, load_pretrained, read_checkpoint
 from experiments.common import devices
 from metadata import BadInput
 from model import VITS
-
-
-def write(path: Path, content: bytes) -> None:
-    """Written beside and renamed: a kill leaves no half a file of that name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
-    print(path)
+from train import save
 
 
 def describe(state: dict) -> dict:
@@ -71,30 +62,18 @@ def main(argv: list[str] | None = None) -> None:
         if args.features and not args.features.is_dir():
             raise BadInput(f"--features {args.features}: no such folder; wanted a prepared dataset")
         splits = data.read_dataset(args.features) if args.features else ()
-        path = args.run
-        if path.is_dir():
-            path = path / "checkpoint.pt"
-        state, prefix, weights = read_checkpoint(path), "image_encoder.", {}
-        if "statistics" not in state and "own_statistics" not in state:
-            raise BadInput(f"{path}: no statistics of its images; others' weights need no export")
-        for name, tensor in state["model"].items():
-            if name.startswith(prefix):
-                weights[name.removeprefix(prefix)] = tensor
-        buffer = io.BytesIO()
-        torch.save(weights, buffer)
-        write(args.out / "encoder.pt", buffer.getvalue())
-        write(args.out / "encoder.json", json.dumps(describe(state), indent=1).encode())
+        p = load_pretrained(args.run, torch.device("cpu"))
+        about = describe(read_checkpoint(args.run))
+        save(args.out / "encoder.pt", p.model.image_encoder.state_dict())
+        (args.out / "encoder.json").write_text(json.dumps(about, indent=1))
         if splits:
-            p = load_pretrained(path, torch.device(args.device))
+            p.model.to(args.device)
             p.reader, options = None, (splits[0], p.image_size, args.workers)
             p.statistics = p.statistics or data.channel_statistics(*options)
-            for name, split in zip(("train", "test"), splits):
-                features = extract(p, split, args.workers)["image"].cpu().numpy()
-                buffer = io.BytesIO()
-                np.save(buffer, features)
-                write(args.out / f"{name}.npy", buffer.getvalue())
-                names = split.columns("file_name")[0]
-                write(args.out / f"{name}.json", json.dumps(names).encode())
+        for name, split in zip(("train", "test"), splits):
+            np.save(args.out / f"{name}.npy", extract(p, split, args.workers)["image"].cpu())
+            (args.out / f"{name}.json").write_text(json.dumps(split.columns("file_name")[0]))
+        print(", ".join(sorted(map(str, args.out.iterdir()))))
 
 
 if __name__ == "__main__":

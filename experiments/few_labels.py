@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import data
-from evaluate import Pretrained, extract, knn, labelled, score, with_random_weights
+from evaluate import Pretrained, extract, knn, score, with_random_weights
 from experiments.baselines import histograms
-from experiments.common import Splits, arguments, open_run
+from experiments.common import Splits, arguments, open_run, scored_labels
 from experiments.results import append, class_name, missing, model_name, percent
 from metadata import BadInput
 
@@ -58,22 +58,11 @@ def wanted_rows(about: dict, sizes: dict[str, int], subsets: int) -> list[dict]:
     return rows
 
 
-def too_few(train: data.Split, sizes: dict[str, int]) -> str:
-    """Why there is nothing to score."""
-    if not sizes:
-        return f"{train.path}: no label to score"
-    found = ", ".join(f"{class_name(label)} {size}" for label, size in sizes.items())
-    least = min(max(count, k) for count, k in COUNTS)
-    return f"{train.path}: fewer than {least} training images with a label ({found})"
-
-
 def describe(row: dict) -> str:
-    what = f"{model_name(row)}, {class_name(row['label'])}"
-    if "seed" in row:
-        what = f"{model_name(row)}, seed {row['seed']}, {class_name(row['label'])}"
+    seed = f", seed {row['seed']}" if "seed" in row else ""
+    what = f"{model_name(row)}{seed}, {class_name(row['label'])}, {row['labelled']:,} labels"
     score = f"{percent(row['accuracy'])} % ± {percent(row['deviation'])}"
-    labels = f"{row['labelled']:,} labels, k={row['k']}"
-    return f"{what}, {labels}: {score} over {row['subsets']} subsets"
+    return f"{what}, k={row['k']}: {score} over {row['subsets']} subsets"
 
 
 def models(p: Pretrained, args) -> list[tuple[dict, Pretrained | None]]:
@@ -105,16 +94,14 @@ def main(argv: list[str] | None = None) -> None:
             raise BadInput(f"--subsets {args.subsets}: at least 1")
         for run in args.run:
             p, splits = open_run(run, args)
-            labels = {}
-            for label in data.label_names(splits[0]):
-                classes, y = labelled(label, splits)
-                if classes:
-                    labels[label] = (classes, y)
+            labels = scored_labels(splits)
             sizes = {label: int((y[0] >= 0).sum()) for label, (_, y) in labels.items()}
             for about, model in models(p, args):
                 rows = wanted_rows(about, sizes, args.subsets)
                 if not rows:
-                    raise BadInput(too_few(splits[0], sizes))
+                    found = ", ".join(f"{class_name(name)} {n}" for name, n in sizes.items())
+                    what = f"fewer than {COUNTS[0][0]} training images with a label ({found})"
+                    raise BadInput(f"{splits[0].path}: {what}")
                 rows, wanted = missing(rows, args.output), len(rows)
                 name = f"{model_name(about | {'features': 'image'})}, {about.get('checkpoint', '')}"
                 print(f"{name.rstrip(', ')}: {len(rows)} of {wanted} to score")

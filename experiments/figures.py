@@ -14,13 +14,13 @@ import statistics
 from pathlib import Path
 
 import data
-from experiments.common import pyplot, save_figure
 from experiments.results import (
     DATASETS, METRICS, class_name, collect, dataset_name, metric_of, model_name, read_rows,
     run_cost, scores, setting,
 )  # fmt: skip
 from experiments.tables import paper_k
 from metadata import BadInput
+from prepare.show import canvas, save
 
 BARS = ("fields", "modality")
 KINDS = ("epochs", "time", *BARS)
@@ -121,7 +121,7 @@ def draw(kind: str, results: list[dict], k: int | None, metric: str, path: Path)
         title = f"{dataset_name(r)}, {class_name(r['label'])}: {classifier}"
         panels.setdefault(title, []).append(r)
     width, names = 3.6 * len(panels) + 1.8, list(dict.fromkeys(series(kind, r) for r in shown))
-    figure, axes = pyplot().subplots(1, len(panels), figsize=(width, 3.4), squeeze=False)
+    figure, axes = canvas(1, len(panels), width, 3.4)
     for axis, (title, rows) in zip(axes[0], panels.items()):
         panel(axis, kind, rows, names, metric, times)
         axis.set_title(title, fontsize=9)
@@ -139,8 +139,7 @@ def draw(kind: str, results: list[dict], k: int | None, metric: str, path: Path)
         marks |= {name: mark for mark, name in zip(*axis.get_legend_handles_labels())}
     outside = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "frameon": False}
     axes[0, -1].legend(marks.values(), marks, fontsize=8, **outside)
-    figure.tight_layout()
-    save_figure(figure, path, dpi=130)
+    save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,12 +11,11 @@ tables show them, are those of the --over runs alone.
 """
 
 import argparse
-import statistics
 from pathlib import Path
 
 import data
 from experiments.results import (
-    METRICS, SCORED, class_name, markdown, metric_of, model_name, read_rows, setting,
+    METRICS, SCORED, class_name, markdown, metric_of, model_name, read_rows, setting, show,
 )  # fmt: skip
 from experiments.tables import general_tables, protocol_name, varying_settings
 from metadata import BadInput
@@ -68,16 +67,11 @@ def differences(results: list[dict], over: str, metric: str) -> dict:
     return tables
 
 
-def show(found: dict[tuple, float]) -> str:
+def cell(found: dict[tuple, float]) -> str:
     """ "+1.2 ± 0.4, 3 of 3"."""
     values = list(found.values())
-    if not values:
-        return "-"
-    deviation = ""
-    if len(values) > 1:
-        deviation = f" ± {statistics.stdev(values):.1f}"
     positive = sum(value > 0 for value in values)
-    return f"{statistics.mean(values):+.1f}{deviation}, {positive} of {len(values)}"
+    return f"{show(values, '+')}, {positive} of {len(values)}" if values else "-"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -93,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
             lines = [[title, *columns]]
             for row, cells in rows.items():
-                lines.append([row, *(show(cells.get(column, {})) for column in columns)])
+                lines.append([row, *(cell(cells.get(column, {})) for column in columns)])
             print(f"{markdown(lines)}\n")
 
 

@@ -9,9 +9,10 @@ there only near to training images is the neighbourhood's, not the place's.
 
 
 import data
-from evaluate import Pretrained, knn, labelled, linear_probe, modality
+from evaluate import Pretrained, knn, linear_probe, modality
 from experiments.common import (
-    Features, Splits, arguments, both_features, location, nearest_km, open_run, unit_sphere,
+    Features, Splits, arguments, both_features, location, nearest_km, open_run, scored_labels,
+    unit_sphere,
 )  # fmt: skip
 from experiments.results import append, class_name, markdown, model_name, percent
 from metadata import BadInput
@@ -79,11 +80,8 @@ def main(argv: list[str] | None = None) -> None:
         for run in args.run:
             p, splits = open_run(run, args)
             features, found = both_features(p, splits, args.workers), []
-            for label in data.label_names(splits[0]):
-                if labelled(label, splits)[0]:
-                    found += [p.about | r for r in leakage(p, splits, features, label, args.bins)]
-            if not found:
-                raise BadInput(f"{splits[1].path}: no label to score")
+            for label in scored_labels(splits):
+                found += [p.about | r for r in leakage(p, splits, features, label, args.bins)]
             append(args.output, found)
             print(f"{run}\n{table(found)}")
 

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 
 import data
-from evaluate import Pretrained, labelled, linear_probe, modality, score
+from evaluate import Pretrained, linear_probe, modality, score
 from experiments.common import (
-    Features, Splits, arguments, both_features, metadata_features, needs_metadata, open_run,
+    Features, arguments, both_features, metadata_features, needs_metadata, open_run, scored_labels,
 )  # fmt: skip
 from experiments.results import append, class_name, markdown, model_name, percent
-from metadata import BadInput
 
 SHARES = (0.25, 0.5, 0.75)
 
@@ -45,23 +44,20 @@ def without_fields(p: Pretrained, test: data.Split) -> dict[str, torch.Tensor]:
     return features
 
 
-def missing(p: Pretrained, splits: Splits, features: Features, label: str, changed) -> list[dict]:
+def missing(p: Pretrained, features: Features, label: str, classes: list, y: list, changed) -> list:
     """Scores of one label for each of `changed`, and of the image alone."""
-    classes, (y, test_y) = data.class_ids(label, *splits)
-    known, asked = (y >= 0).to(p.device), (test_y >= 0).to(p.device)
-    y, test_y = y[y >= 0].to(p.device), test_y[test_y >= 0]
-    train, test = features
-    stacked = []  # all test rows at once, so that the probe is fitted once
-    for metadata in changed.values():
-        stacked.append(torch.cat([test["image"], metadata], dim=1)[asked])
-    both = linear_probe(modality(train, "both")[known], y, torch.cat(stacked), len(classes))
-    image = linear_probe(train["image"][known], y, test["image"][asked], len(classes))
+    (train, test), known = features, (y[0] >= 0).to(p.device)
+    labels, about = y[0].to(p.device)[known], {"label": label, "protocol": "missing"}
+    # All test rows at once, so that the probe is fitted once
+    tests = [torch.cat([test["image"], metadata], dim=1) for metadata in changed.values()]
+    both = linear_probe(modality(train, "both")[known], labels, torch.cat(tests), len(classes))
+    image = linear_probe(train["image"][known], labels, test["image"], len(classes))
     results = []
     for what, probabilities in zip(changed, both.chunk(len(changed))):
-        result = {"features": "both", "label": label, "protocol": "missing", "missing": what}
-        results.append(result | score(probabilities, test_y, None))
-    result = {"features": "image", "label": label, "protocol": "missing", "missing": "image alone"}
-    return [*results, result | score(image, test_y, None)]
+        result = about | {"features": "both", "missing": what}
+        results.append(result | score(probabilities, y[1], None))
+    result = about | {"features": "image", "missing": "image alone"}
+    return [*results, result | score(image, y[1], None)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,13 +66,11 @@ def main(argv: list[str] | None = None) -> None:
         for run in args.run:
             p, splits = open_run(run, args)
             needs_metadata(p, splits)
-            labels = [name for name in data.label_names(splits[0]) if labelled(name, splits)[0]]
-            if not labels:
-                raise BadInput(f"{splits[0].path}: no label to score")
+            labels = scored_labels(splits)
             features = both_features(p, splits, args.workers)
             changed, cells = without_fields(p, splits[1]), {}
-            for label in labels:
-                found = missing(p, splits, features, label, changed)
+            for label, (classes, y) in labels.items():
+                found = missing(p, features, label, classes, y, changed)
                 append(args.output, [p.about | r for r in found])
                 for r in found:
                     cells.setdefault(r["missing"], []).append(percent(r["accuracy"]))

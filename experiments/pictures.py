@@ -17,11 +17,13 @@ from PIL import Image
 import data
 from evaluate import Pretrained, extract
 from experiments.common import (
-    Rows, Splits, arguments, embed, location, metadata_features, nearest_km, open_run, pyplot,
-    save_figure, spread, unit_sphere,
+    Rows, Splits, arguments, embed, location, metadata_features, nearest_km, open_run, spread,
+    unit_sphere,
 )  # fmt: skip
 from experiments.results import class_name
 from metadata import BadInput
+from prepare.show import canvas, save
+from prepare.sources import need
 
 EARTH = Path(__file__).parents[1] / "demo" / "bluemarble-2004-07.jpg"
 KOPPEN = {  # Köppen's codes of climates, as in the demo data
@@ -64,29 +66,27 @@ def neighbours(p: Pretrained, splits: Splits, label: str, workers: int, path: Pa
     queries = F.normalize(extract(p, Rows(test, chosen), workers)["image"], dim=1)
     nearest = (queries @ x.T).topk(min(NEIGHBOURS, len(bank))).indices.tolist()
     columns, rows = 1 + len(nearest[0]), len(chosen)
-    figure, axes = pyplot().subplots(
-        rows, columns, figsize=(1.45 * columns, 1.72 * rows + 1), squeeze=False
-    )
+    figure, axes = canvas(rows, columns, 1.45 * columns, 1.72 * rows + 1)
     for row, found, query in zip(axes, nearest, chosen):
         truth = test_names[query]
         draw(row[0], test, query, truth, "black")
         for axis, i in zip(row[1:], found):
-            name, colour = train_names[bank.rows[i]], RED
+            name, colour = train_names[bank.indices[i]], RED
             if name is None:
                 colour = GRAY
             elif str(name) == str(truth):
                 colour = GREEN
-            draw(axis, train, bank.rows[i], name, colour)
+            draw(axis, train, bank.indices[i], name, colour)
     frames = {"black": "test image", GREEN: "neighbour of its class", RED: "of another class"}
-    line, frames = pyplot().Line2D, frames | {GRAY: "without a label"}
-    handles = [line([], [], color=c, linewidth=4, label=text) for c, text in frames.items()]
-    figure.legend(handles=handles, loc="lower center", ncols=4, frameon=False, fontsize=9)
+    frames[GRAY] = "without a label"
+    marks = [axes[0, 0].plot([], color=c, linewidth=4)[0] for c in frames]
+    outside = {"loc": "outside lower center", "frameon": False}
+    figure.legend(marks, frames.values(), ncols=4, fontsize=9, **outside)
     figure.suptitle(
         f"Test images and their nearest of {len(bank):,} training images, most similar first\n"
         f"by cosine of image features; with their {class_name(label)}", fontsize=10,
     )  # fmt: skip
-    figure.tight_layout(rect=(0, 0.035, 1, 1))
-    save_figure(figure, path)
+    save(figure, path)
 
 
 def draw(axis, split, i: int, name: object, colour: str) -> None:
@@ -125,8 +125,8 @@ def places(p: Pretrained, splits: Splits, workers: int, path: Path) -> bool:
     asked = near.nonzero()[:, 0]
     image = extract(p, Rows(test, chosen), workers)["image"]
     dots = np.array(spread(known, 2000))
-    shape, size = (len(chosen), 2), (8.6, 2.25 * len(chosen) + 1.5)
-    figure, axes = pyplot().subplots(*shape, figsize=size, width_ratios=(1, 2.7), squeeze=False)
+    height = 2.25 * len(chosen) + 1.5
+    figure, axes = canvas(len(chosen), 2, 8.6, height, width_ratios=(1, 2.7))
     earth = Image.open(EARTH)
     box = np.array([west + 180, 90 - north, east + 180, 90 - south]) / 360 * earth.width
     earth = earth.resize((1080, 405), box=tuple(box))
@@ -144,36 +144,23 @@ def places(p: Pretrained, splits: Splits, workers: int, path: Path) -> bool:
             date += " (month inferred)"
         draw(left, test, i, date, "black")
         right.imshow(earth, extent=(west, east, south, north), alpha=0.6)
-        right.plot(*dots.T, ".", color="black", markersize=1, alpha=0.4)
+        (training,) = right.plot(*dots.T, ".", color="black", markersize=1, alpha=0.4)
         colours = right.imshow(share, alpha=share**0.5, extent=(west, east, south, north),
                                cmap="autumn", vmin=0, vmax=1, interpolation="bilinear")  # fmt: skip
-        right.plot(*location(record), "*", color="cyan", markersize=13, markeredgecolor="black")
+        look = {"color": "cyan", "markersize": 13, "markeredgecolor": "black"}
+        (star,) = right.plot(*location(record), "*", **look)
         right.set(xlim=(west, east), ylim=(south, north), xticks=[], yticks=[])
     figure.suptitle(
         "Where the model places test images: likelihood of each place given the image,\n"
         "with the rest of the image's metadata", fontsize=10,
     )  # fmt: skip
-    finish_places(figure, axes, colours, len(chosen))
-    save_figure(figure, path)
+    names = ("true place", "training places")
+    figure.legend((star, training), names, loc="outside lower left", frameon=False, fontsize=9)
+    bar = figure.colorbar(colours, ax=axes[:, 1].tolist(), location="bottom", aspect=40)
+    bar.set_label(f"likelihood, relative to the row's maximum; faded beyond {FADE[0]} km from "
+                  "training places", fontsize=8)  # fmt: skip
+    save(figure, path)
     return True
-
-
-def finish_places(figure, axes, colours, rows: int) -> None:
-    """Legend and colour bar below the maps."""
-    line = pyplot().Line2D
-    handles = [
-        line([], [], linestyle="", marker="*", color="cyan", markeredgecolor="black",
-             markersize=12, label="true place"),
-        line([], [], linestyle="", marker=".", color="black", label="training places"),
-    ]  # fmt: skip
-    bottom = 0.75 / (2.25 * rows + 1.5)
-    figure.subplots_adjust(0.02, bottom, 0.98, 1 - bottom, 0.05, 0.15)  # tight_layout overlaps rows
-    figure.legend(handles=handles, loc="lower left", frameon=False, fontsize=9)
-    bar = figure.add_axes((0.4, 0.6 * bottom, 0.55, 0.15 * bottom))
-    figure.colorbar(colours, cax=bar, orientation="horizontal")
-    bar.set_xlabel(f"likelihood, relative to the row's maximum; faded beyond {FADE[0]} km from "
-                   "training places", fontsize=8)  # fmt: skip
-    bar.tick_params(labelsize=7)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -181,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--label", help="whose classes to show (default: the first)")
     args = parser.parse_args(argv)
     with data.errors_in_one_line():
-        pyplot()
+        need("matplotlib")
         for run in args.run:
             p, splits = open_run(run, args)
             folder = Path(p.about["checkpoint"]).parent

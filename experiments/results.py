@@ -51,12 +51,8 @@ def append(path: Path | None, rows: list[dict]) -> None:
 def missing(wanted: list[dict], output: Path | None) -> list[dict]:
     """Those of the wanted rows that the file does not have: no result is equal in all they name.
     With it a script goes on where it stopped."""
-    if output is None or not output.is_file():
-        return wanted
-    there = []
-    for row in read_rows([output]):
-        there += [w for w in wanted if all(row.get(key) == value for key, value in w.items())]
-    return [w for w in wanted if w not in there]
+    rows = read_rows([output]) if output and output.is_file() else []
+    return [w for w in wanted if not any(w.items() <= row.items() for row in rows)]
 
 
 def model_name(result: dict) -> str:
@@ -140,14 +136,14 @@ def scores(runs: dict[tuple, dict], metric: str) -> list[float]:
     return [100 * share for share in found if share is not None]
 
 
-def show(numbers: list[float]) -> str:
-    """Mean ± sample standard deviation."""
+def show(numbers: list[float], sign: str = "") -> str:
+    """Mean ± sample standard deviation; sign "+": of differences."""
     if not numbers:
         return "-"
     deviation = ""
     if len(numbers) > 1:
         deviation = f" ± {statistics.stdev(numbers):.1f}"
-    return f"{statistics.mean(numbers):.1f}{deviation}"
+    return f"{statistics.mean(numbers):{sign}.1f}{deviation}"
 
 
 def percent(share: float) -> str:

@@ -67,8 +67,12 @@ def crop(image: np.ndarray, mask: np.ndarray, side: int, draws: np.ndarray) -> t
     """NOTE[PAPER] augmentation is not given: PSANet's crops, and flips of rows and columns."""
     top, left = (int(u * (max(0, n - side) + 1)) for u, n in zip(draws, mask.shape))
     place = np.s_[top : top + side, left : left + side]
-    flips = np.s_[:: 1 - 2 * int(draws[2] < 0.5), :: 1 - 2 * int(draws[3] < 0.5)]
-    return image[place][flips], mask[place][flips]
+    image, mask = image[place], mask[place]
+    if draws[2] < 0.5:
+        image, mask = image[::-1], mask[::-1]
+    if draws[3] < 0.5:
+        image, mask = image[:, ::-1], mask[:, ::-1]
+    return image, mask
 
 
 def stack(samples: list[tuple], mean: list[float]) -> tuple[Tensor, Tensor]:

@@ -347,7 +347,7 @@ def test_figures(kind, result_file, tmp_path):
 def test_axes_end_at_100_percent(result_file, tmp_path, monkeypatch):
     rows, drawn = json_lines(result_file("all")), []
     results.append(tmp_path / "rows.jsonl", [r | {"accuracy": 1.0, "macro_f1": 1.0} for r in rows])
-    monkeypatch.setattr(figures, "save_figure", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr(figures, "save", lambda figure, _: drawn.append(figure))
     figures.main(["epochs", str(tmp_path / "rows.jsonl"), "--output", "x.png", "--k", "5"])
     axes = drawn[0].axes
     assert len(axes) == 4 and all(axis.get_ylim()[1] == 100 for axis in axes)
@@ -401,14 +401,15 @@ def test_cost_report(tmp_path):
 def test_pictures(run, dataset, monkeypatch):
     """Two pictures of a run, one without metadata; one line where matplotlib is missing."""
     text = said(pictures.main, run("satmips"), *CPU)
-    assert text.split() == [str(run("satmips") / f"{n}.png") for n in ("neighbours", "places")]
+    made = [f"wrote {run('satmips') / name}.png" for name in ("neighbours", "places")]
+    assert text.splitlines() == made
     assert min(Image.open(run("satmips") / "places.png").size) > 500
     assert said(pictures.main, run("simclr"), *CPU).count(".png") == 1
     assert "--label x: not one of label_kind" in refusal(
         pictures.main, run("simclr"), "--label", "x", *CPU
     )
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    assert "matplotlib is missing" in refusal(pictures.main, run("simclr"), *CPU)
+    assert "pip install matplotlib" in refusal(pictures.main, run("simclr"), *CPU)
 
 
 def test_maps_show_the_world_or_a_region():

@@ -30,7 +30,7 @@ from evaluate import autocast, contents_of, half_precision, load_pretrained, rea
 from experiments.common import devices
 from metadata import BadInput
 from model import build_image_encoder
-from prepare.loop import progress
+from prepare.loop import in_order, progress
 from prepare.weights import IMAGENET
 from train import save
 
@@ -96,17 +96,12 @@ class Loader:
     def one(self, rows: Tensor):
         try:
             return self.read(rows)
-        except BadInput as error:  # raised, it would arrive wrapped in a worker's traceback
+        except (BadInput, OSError) as error:  # a worker would wrap it in its traceback
             return error
 
     def __iter__(self) -> Iterator:
-        loader = torch.utils.data.DataLoader(
-            self.batches, batch_size=None, collate_fn=self.one, num_workers=self.workers,
-            multiprocessing_context="fork" if self.workers else None,
-            worker_init_fn=data.outlast_signals,
-        )  # fmt: skip
-        for batch in loader:
-            if isinstance(batch, BadInput):
+        for batch in in_order(self.batches, self.one, self.workers):
+            if isinstance(batch, Exception):
                 raise batch
             yield batch
 

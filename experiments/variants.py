@@ -17,10 +17,10 @@ Images are linked, not copied; the test split keeps its rows, so that scores com
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from PIL import Image
 import data
 from metadata import FIELDS, BadInput, parse_numbers
 from prepare.demo import PIXELS, Areas, local_grid, lookup
+from prepare.fields import fields_json
 from prepare.loop import progress
 
 KINDS = ("shuffled", "coarse", "fine", "rounded", "decimals")
@@ -46,13 +47,8 @@ def shuffle(records: list[dict], seed: int) -> list[dict]:
     order = np.argsort(data.uniform(seed, np.arange(len(records))))
     shuffled = []
     for record, other in zip(records, order):
-        own, theirs = {}, {}
-        for name, value in record.items():
-            if name.startswith(NOT_SHUFFLED):
-                own[name] = value
-        for name, value in records[other].items():
-            if not name.startswith(NOT_SHUFFLED):
-                theirs[name] = value
+        own = {k: v for k, v in record.items() if k.startswith(NOT_SHUFFLED)}
+        theirs = {k: v for k, v in records[other].items() if not k.startswith(NOT_SHUFFLED)}
         shuffled.append(own | theirs)
     return shuffled
 
@@ -66,22 +62,6 @@ def choose(kind: str, records: list[dict], limit: float, seed: int) -> list[dict
     if kind == "fine":
         return [record for record in records if scale(record) < limit]
     return records
-
-
-def fields_json(kind: str, source: Path) -> str | None:
-    """The source's fields, with another style of numbers where the variant is one of style."""
-    if kind not in STYLES:
-        path = source / "fields.json"
-        return path.read_text() if path.is_file() else None
-    fields = {}
-    for field in data.choose_fields(source, ""):
-        fields[field.name] = {
-            key: value for key, value in dataclasses.asdict(field).items()
-            if key != "name" and value not in (np.inf, -np.inf)
-        }  # fmt: skip
-        if field.kind == "number":
-            fields[field.name]["style"] = STYLES[kind]
-    return json.dumps(fields, indent=1)
 
 
 def make(kind: str, source: Path, folder: Path, limit: float = 19_000, seed: int = 0) -> None:
@@ -103,9 +83,12 @@ def make(kind: str, source: Path, folder: Path, limit: float = 19_000, seed: int
             for record in records:
                 linked = record | {"file_name": f"images/{record['file_name']}"}
                 file.write(json.dumps(linked) + "\n")
-    fields = fields_json(kind, source)
-    if fields:
-        (unfinished / "fields.json").write_text(fields)
+    if kind in STYLES:
+        fields = data.choose_fields(source, "")
+        styled = [replace(f, style=STYLES[kind]) if f.kind == "number" else f for f in fields]
+        (unfinished / "fields.json").write_text(fields_json(styled))
+    elif (source / "fields.json").is_file():
+        shutil.copy(source / "fields.json", unfinished)
     unfinished.rename(folder)
     print(f"{folder}: {len(rows):,} training images, {kind}")
 

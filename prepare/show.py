@@ -22,11 +22,11 @@ from prepare.sources import need
 MAP = Path(__file__).parents[1] / "demo/bluemarble-2004-07.jpg"
 
 
-def canvas(rows: int, columns: int, width: float, height: float):
-    """-> a figure and its axes, drawn to a file, never to a screen."""
+def canvas(rows: int, columns: int, width: float, height: float, **options):
+    """-> a figure and its axes [rows, columns], drawn to a file, never to a screen."""
     need("matplotlib").rcParams["text.parse_math"] = False  # a $ in a label is a $
     figure = need("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def save(figure, path: Path) -> None:
@@ -40,9 +40,9 @@ def draw_samples(split: Split, fields: tuple[Field, ...], output: Path) -> None:
     """Twelve rows at equal distances: labels, caption, its tokens, image."""
     figure, axes = canvas(3, 4, 15, 14)
     rows = np.linspace(0, len(split) - 1, min(12, len(split))).astype(int).tolist()
-    for axis in axes:
+    for axis in axes.flat:
         axis.axis("off")
-    for axis, row in zip(axes, rows):
+    for axis, row in zip(axes.flat, rows):
         record = split[row]
         text = caption(record, fields)
         tokens = len(default_tokenizer().encode(text))  # without start and end, as in Table S3
@@ -88,6 +88,7 @@ def draw(axis, values: list, field: Field) -> None:
     if 0 < 10 * numbers.min() < numbers.max():
         edges = np.geomspace(numbers.min(), numbers.max(), 60)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
     for i, column in enumerate(numbers.T):
         low, middle, high = np.quantile(column, (0, 0.5, 1))
         label = f"{low:,.5g} to {high:,.5g}, median {middle:,.5g}"
@@ -111,8 +112,8 @@ def draw_distributions(split: Split, fields: tuple[Field, ...], output: Path) ->
         return
     rows = (len(panels) + 1) // 2
     figure, axes = canvas(rows, 2, 14, 4.5 * rows)
-    axes[-1].set_visible(len(panels) % 2 == 0)
-    for axis, (title, known, field) in zip(axes, panels):
+    axes[-1, -1].set_visible(len(panels) % 2 == 0)
+    for axis, (title, known, field) in zip(axes.flat, panels):
         axis.set(title=title, ylabel="images")
         draw(axis, known, field)
     save(figure, output)
