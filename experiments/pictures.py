@@ -125,7 +125,7 @@ def places(p: Pretrained, splits: Splits, workers: int, path: Path) -> bool:
     asked = near.nonzero()[:, 0]
     image = extract(p, Rows(test, chosen), workers)["image"]
     dots = np.array(spread(known, 2000))
-    height = 2.25 * len(chosen) + 1.5
+    height = 2.05 * len(chosen) + 1.4
     figure, axes = canvas(len(chosen), 2, 8.6, height, width_ratios=(1, 2.7))
     earth = Image.open(EARTH)
     box = np.array([west + 180, 90 - north, east + 180, 90 - south]) / 360 * earth.width
@@ -144,7 +144,7 @@ def places(p: Pretrained, splits: Splits, workers: int, path: Path) -> bool:
             date += " (month inferred)"
         draw(left, test, i, date, "black")
         right.imshow(earth, extent=(west, east, south, north), alpha=0.6)
-        (training,) = right.plot(*dots.T, ".", color="black", markersize=1, alpha=0.4)
+        right.plot(*dots.T, ".", color="black", markersize=1, alpha=0.4)
         colours = right.imshow(share, alpha=share**0.5, extent=(west, east, south, north),
                                cmap="autumn", vmin=0, vmax=1, interpolation="bilinear")  # fmt: skip
         look = {"color": "cyan", "markersize": 13, "markeredgecolor": "black"}
@@ -154,7 +154,7 @@ def places(p: Pretrained, splits: Splits, workers: int, path: Path) -> bool:
         "Where the model places test images: likelihood of each place given the image,\n"
         "with the rest of the image's metadata", fontsize=10,
     )  # fmt: skip
-    names = ("true place", "training places")
+    (training,), names = right.plot([], [], ".", color="black"), ("true place", "training places")
     figure.legend((star, training), names, loc="outside lower left", frameon=False, fontsize=9)
     bar = figure.colorbar(colours, ax=axes[:, 1].tolist(), location="bottom", aspect=40)
     bar.set_label(f"likelihood, relative to the row's maximum; faded beyond {FADE[0]} km from "
