@@ -49,8 +49,8 @@ def append(path: Path | None, rows: list[dict]) -> None:
 
 
 def missing(wanted: list[dict], output: Path | None) -> list[dict]:
-    """Those of the wanted rows that the file does not have: no result is equal in all they name.
-    With it a script goes on where it stopped."""
+    """Those wanted rows that no row of the file matches in all their keys. With it a script goes on
+    where it stopped."""
     rows = read_rows([output]) if output and output.is_file() else []
     return [w for w in wanted if not any(w.items() <= row.items() for row in rows)]
 

@@ -127,8 +127,8 @@ def fit(
 ) -> None:  # fmt: skip
     """Train by step_loss(batch) -> loss, over batches(epoch), in mixed precision on a GPU.
 
-    folder/checkpoint.pt is written after each epoch; if it is there, training goes on from it. It
-    refuses one that says something else `about` itself. about["transfer_seed"] seeds dropout."""
+    folder/checkpoint.pt is written after each epoch; if it is there, training goes on from it. A
+    checkpoint with another `about` is refused. about["transfer_seed"] seeds dropout."""
     device, path, done = next(model.parameters()).device, folder / "checkpoint.pt", 0
     scaled = half_precision(device) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)

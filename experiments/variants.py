@@ -6,7 +6,6 @@
     coarse     training images of at least --gsd metres a pixel (19,000): to start from (Table 4)
     fine       training images below that
     rounded    numbers without decimals in captions (fields.json)
-    decimals   numbers with six decimals in captions, more than the demo data know
 
 Images are linked, not copied; the test split keeps its rows, so that scores compare.
 
@@ -32,8 +31,7 @@ from prepare.demo import PIXELS, Areas, local_grid, lookup
 from prepare.fields import fields_json
 from prepare.loop import progress
 
-KINDS = ("shuffled", "coarse", "fine", "rounded", "decimals")
-STYLES = {"rounded": "%.0f", "decimals": "%.6f"}
+KINDS = ("shuffled", "coarse", "fine", "rounded")
 NOT_SHUFFLED = ("file_name", "label", "area", "split")  # they belong to the image
 
 
@@ -83,9 +81,9 @@ def make(kind: str, source: Path, folder: Path, limit: float = 19_000, seed: int
             for record in records:
                 linked = record | {"file_name": f"images/{record['file_name']}"}
                 file.write(json.dumps(linked) + "\n")
-    if kind in STYLES:
+    if kind == "rounded":
         fields = data.choose_fields(source, "")
-        styled = [replace(f, style=STYLES[kind]) if f.kind == "number" else f for f in fields]
+        styled = [replace(f, style="%.0f") if f.kind == "number" else f for f in fields]
         (unfinished / "fields.json").write_text(fields_json(styled))
     elif (source / "fields.json").is_file():
         shutil.copy(source / "fields.json", unfinished)

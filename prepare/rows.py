@@ -20,7 +20,7 @@ BLANKS = {"-", "?", "n/a", "nan", "null", "none", "[]"}  # NA is Namibia
 
 
 def is_blank(value: object, label: bool) -> bool:
-    """Nothing, as tables write it; a class may be called "none"."""
+    """Whether a table's cell is empty; a class may be called "none"."""
     text = str(value).strip().lower()
     if label and text == "none":
         return value is None

@@ -44,7 +44,7 @@ def centre(item: dict) -> list[float] | None:
 
 
 def rank(key: str, asset: dict, data_alone: bool) -> int:
-    """How well an asset stands for its item, 0 best; 7 only where nothing else is there."""
+    """How well an asset stands for its item, 0 best; 7 is a last resort."""
     roles, bands = {key.lower(), *(asset.get("roles") or [])}, set()
     for band in [*(asset.get("eo:bands") or []), *(asset.get("bands") or [])]:
         bands |= {band.get("common_name"), band.get("eo:common_name"), band.get("name")}
