@@ -1322,8 +1322,8 @@ def test_two_processes_act_as_one(places, tmp_path):
     whole, alone, stopped, one = (tmp_path / name for name in ("whole", "alone", "stopped", "one"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(HERE / "train.py"), *arguments(places, whole, "satmips", *more)]
-    alone_too = os.environ | {"OMP_NUM_THREADS": "1"}  # as the processes below
-    done = subprocess.run(command, cwd=tmp_path, env=alone_too, capture_output=True, text=True)
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "timeout": 300}  # if a rank hangs
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stderr
     train.main(arguments(places, alone, "satmips", *more))
     for ours, theirs in zip(json_lines(whole / "log.jsonl")[:6], json_lines(alone / "log.jsonl")):

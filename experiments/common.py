@@ -11,9 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 import data
-from evaluate import (
-    Pretrained, autocast, extract, labelled, load_pretrained, read_checkpoint,
-)  # fmt: skip
+from evaluate import Pretrained, autocast, extract, labelled, load_pretrained, read_checkpoint
 from metadata import FIELDS, POSTER, BadInput, parse_numbers, survey
 
 EARTH_RADIUS = 6371.0  # km
